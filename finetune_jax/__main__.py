@@ -1,0 +1,5 @@
+"""`python -m finetune_jax` is the command `finetune-jax`."""
+
+from finetune_jax.cli import main
+
+main()

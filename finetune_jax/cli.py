@@ -1,0 +1,232 @@
+"""The commands. Parse, call, print; no logic."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from finetune_jax.config import Config, field_paths, load_recipe, load_saved, nearest
+from finetune_jax.errors import UserError
+
+Overrides = Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Start a run, or go on with what is in the run folder."""
+
+    workdir: str
+    """The run folder."""
+    config: str | None = None
+    """A recipe, such as configs/sst2_local.py; a run folder that is begun needs none."""
+    overrides: Overrides = dataclasses.field(default_factory=Config)
+
+    def __call__(self) -> int:
+        from finetune_jax.train import Stopped, train
+
+        try:
+            train(self.overrides, self.workdir)
+        except Stopped as stopped:
+            print(f"finetune-jax: {stopped}", file=sys.stderr)
+            return stopped.code
+        print(Path(self.workdir) / "result.json")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Exact metrics of a run or a Hugging Face folder: a report to stderr, JSON to stdout (or --output)."""
+
+    model: str
+    """A run folder, or a Hugging Face folder."""
+    config: str | None = None
+    """A recipe that says which data; a run folder has its own."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Which split."""
+    step: str = "best"
+    """Of a run: best, latest or a number."""
+    output: str = "-"
+    """JSON file, or - for standard output."""
+    overrides: Overrides = dataclasses.field(default_factory=Config)
+
+    def __call__(self) -> int:
+        from finetune_jax.evaluate import evaluate_model
+
+        config = None if self.config is None and self.overrides == Config() else self.overrides
+        result = evaluate_model(self.model, config, self.split, self.step)
+        print(result.report, file=sys.stderr)
+        text = json.dumps(result.metrics, indent=2) + "\n"
+        if self.output == "-":
+            sys.stdout.write(text)
+        else:
+            Path(self.output).write_text(text, encoding="utf-8")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """JSON lines in, predictions out, in the input's order."""
+
+    model: str
+    """A run folder, or a Hugging Face folder."""
+    input: str = "-"
+    """JSONL file or -; lines have text, text_a and text_b, tokens (a list of words), or image (a path)."""
+    output: str = "-"
+    """JSONL file or -."""
+    logits: bool = False
+    """Add raw logits (for tokens: a list a word)."""
+    batch_size: int = 64
+    """Examples at once."""
+    step: str = "best"
+    """Of a run: best, latest or a number."""
+
+    def __call__(self) -> int:
+        from finetune_jax.job import open_model
+        from finetune_jax.predict import predict_file
+
+        job, weights = open_model(self.model, step=self.step)
+        predict_file(job, weights, self.input, self.output, batch_size=self.batch_size, logits=self.logits)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a run as a folder that transformers' AutoModelFor...from_pretrained opens."""
+
+    run: str
+    """The run folder."""
+    output: str
+    """A folder that does not exist yet."""
+    step: str = "best"
+    """best, latest or a number."""
+    verify: bool = False
+    """Reload what was written and print the largest difference of a logit."""
+
+    def __call__(self) -> int:
+        from finetune_jax.export import export
+
+        difference = export(Path(self.run), Path(self.output), step=self.step, verify=self.verify)
+        if difference is not None:
+            print(f"largest logit difference: {difference:.3g}")
+        print(self.output)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Versions, devices, what is missing and how to install it."""
+
+    def __call__(self) -> int:
+        from finetune_jax.doctor import diagnose
+
+        print("\n".join(diagnose()))
+        return 0
+
+
+COMMANDS = {"train": Train, "evaluate": Evaluate, "predict": Predict, "export": Export, "doctor": Doctor}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exit code 0; 2 with one line on stderr for a user's mistake; 143 or 130 after a signal, when all is saved."""
+    argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        code = parse(argv)()
+    except UserError as error:
+        print(f"finetune-jax: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("finetune-jax: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stderr.close()
+        code = 1
+    sys.exit(code)
+
+
+def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Doctor:
+    """The command that the words say, a recipe's values as the defaults of its fields."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: finetune-jax {{{','.join(COMMANDS)}}} ...\n")
+        print("\n".join(f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items()))
+        print("\nfinetune-jax COMMAND --help lists its options.")
+        sys.exit(0 if argv else 2)
+    name, *words = argv
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name}; commands are {', '.join(COMMANDS)}{nearest(name, list(COMMANDS))}")
+    command = COMMANDS[name]
+    own = [field.name.replace("_", "-") for field in dataclasses.fields(command)]
+    if "overrides" in own:
+        own = [*own, *field_paths()]
+        recipe = _recipe(words)
+        defaults = {"overrides": recipe}
+    else:
+        defaults = {}
+    check_names(words, own)
+    return tyro_cli(command, words, f"finetune-jax {name}", defaults)
+
+
+def _recipe(words: list[str]) -> Config:
+    """The recipe that --config names, or the one a begun run folder keeps, or the defaults."""
+    given = {name: value for name, value in zip(words, words[1:], strict=False) if name in ("--config", "--workdir")}
+    given |= {word.split("=", 1)[0]: word.split("=", 1)[1] for word in words if word.startswith(("--config=", "--workdir="))}
+    if "--config" in given:
+        return load_recipe(given["--config"])
+    saved = Path(given.get("--workdir", "")).expanduser() / "config.json"
+    return load_saved(saved) if "--workdir" in given and saved.is_file() else Config()
+
+
+def check_names(words: list[str], known: list[str]) -> None:
+    """An unknown option is named, with the nearest there is.
+
+    Raises:
+        UserError: For the first unknown one.
+    """
+    for word in words:
+        option = word[2:].split("=", 1)[0].replace("_", "-")
+        if not word.startswith("--") or option == "help":
+            continue
+        if option not in known and option.replace(".no-", ".").removeprefix("no-") not in known:
+            raise UserError(f"unknown option {word}{nearest(option, known).replace('mean ', 'mean --')}")
+
+
+def tyro_cli(command, words: list[str], program: str, defaults: dict[str, Config]):
+    """tyro's parsing, its boxed error message as one line.
+
+    Raises:
+        UserError: A value is missing or of the wrong type.
+    """
+    default = None
+    if defaults:
+        missing = {f.name: f.default for f in dataclasses.fields(command) if f.default is not dataclasses.MISSING}
+        required = [f.name for f in dataclasses.fields(command) if f.name not in missing and f.name != "overrides"]
+        default = command(**missing, **{name: tyro.MISSING for name in required}, **defaults)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options = {} if default is None else {"default": default}
+            return tyro.cli(command, args=words, prog=program, **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(one_line(said.getvalue())) from None
+
+
+def one_line(box: str) -> str:
+    """The message of tyro's error box: what stands above its first rule."""
+    rows = [row.strip().strip("│").strip() for row in re.sub(r"\x1b\[[0-9;]*m", "", box).split("\n")[1:]]
+    kept = []
+    for row in rows:
+        if not row or row.startswith(("─", "╰")):
+            break
+        kept.append(row)
+    return " ".join(kept)

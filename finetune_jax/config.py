@@ -1,0 +1,367 @@
+"""Every knob, declared once, typed, with its unit and meaning beside it.
+
+A recipe is a Python file whose `get_config()` returns a `Config`; the command line overrides any field by its dotted
+path (`--optim.learning-rate 3e-5`); a run folder keeps the result as config.json.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import tyro
+
+from finetune_jax.errors import UserError
+
+Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
+STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
+
+TaskName = Literal["sequence_classification", "sequence_regression", "token_classification", "image_classification"]
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learned."""
+
+    __pydantic_config__ = STRICT
+
+    name: TaskName = "sequence_classification"
+    """Head, loss, metrics and decoding: one of the files in tasks/."""
+    label_smoothing: float = 0.0
+    """Mass in [0, 1) moved from the true class to all classes evenly."""
+    class_weights: Literal["none", "auto"] | dict[str, float] = "none"
+    """Weight of a class in the loss: none (1 for all), auto (inverse frequency in train, mean 1 over examples), or NAME WEIGHT pairs for every label."""
+    label_pieces: Literal["first", "all"] = "first"
+    """Token classification: which word pieces of a word carry its tag in the loss. Predictions are read from the first piece."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network, from which weights."""
+
+    __pydantic_config__ = STRICT
+
+    family: Literal["bert", "resnet"] = "bert"
+    """Network family, a file in models/."""
+    pretrained: str | None = None
+    """Hub id, local folder, or `package:NAME/FOLDER` inside an installed Python package; None starts from random weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    hf_config: Json = field(default_factory=dict)
+    """Fields of the HF config.json: the architecture where there is no checkpoint, else overrides (dropout, for one)."""
+    tokenizer: str | None = None
+    """Folder or vocab.txt of the tokenizer; None takes the checkpoint's."""
+    replace_head: bool = False
+    """Start a new head although the checkpoint has one, as when its labels are not the data's."""
+    freeze: tuple[str, ...] = ()
+    """Regexes found in parameter paths: those parameters get no gradient and no optimizer state."""
+    batch_norm: Literal["train", "frozen"] = "train"
+    """ResNet: normalise training batches with their own statistics and update the averages, or with the averages, never updated."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype. Parameters, LayerNorm, softmax, BatchNorm statistics and the loss are float32 always."""
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How pixels are made where the checkpoint brings no preprocessor_config.json, and how they are augmented."""
+
+    __pydantic_config__ = STRICT
+
+    size: int = 224
+    """Side of the square the network sees, pixels; overrides the checkpoint's where `override_size` is set."""
+    override_size: bool = False
+    """Use `size` although the checkpoint brings its own."""
+    crop_pct: float = 0.875
+    """Centre crop: the shorter side is resized to size / crop_pct first. 1 resizes to the square directly."""
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic"] = "bilinear"
+    """Resampling filter (Pillow's)."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per channel, of pixels in [0, 1]; one value serves all channels."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Per channel, of pixels in [0, 1]; one value serves all channels."""
+    augment: Literal["none", "crop_flip", "pad_crop_flip", "resized_crop_flip", "pad_crop", "resized_crop"] = "none"
+    """Training only: random crop after padding by size / 8, or random resized crop; `flip` mirrors half of the images."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and how they become arrays."""
+
+    __pydantic_config__ = STRICT
+
+    source: Literal["tfds", "files", "digits", "support_desk"] = "files"
+    """A TFDS data set by name, local files, or one of the two embedded sets."""
+    name: str = ""
+    """TFDS: "glue/sst2". support_desk: "en", "zh" or "all"."""
+    path: str | None = None
+    """Files: the folder (or, with fractions, the one file). Environment variables and ~ are expanded. TFDS: its data_dir."""
+    format: Literal["auto", "csv", "tsv", "jsonl", "conll", "image_folder", "npz"] = "auto"
+    """Format of local files; auto goes by the file's ending, a folder is an image folder."""
+    train: str | None = "train"
+    """File in `path` (ending optional), or a TFDS split expression such as "train[:90%]". None: there is none."""
+    validation: str | None = "validation"
+    """As `train`. Ignored where validation_fraction is set."""
+    test: str | None = "test"
+    """As `train`. Ignored where test_fraction is set."""
+    validation_fraction: float = 0.0
+    """Share of `train` set aside for validation, drawn with `split_seed`."""
+    test_fraction: float = 0.0
+    """Share of `train` set aside for testing, drawn with `split_seed`."""
+    split_seed: int = 0
+    """Seed of the fractions."""
+    max_train_examples: int | None = None
+    """Use this many training examples, drawn with `split_seed`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """ROLE COLUMN pairs where the names differ; roles: text, text_a, text_b, label, score, tokens, tags, image."""
+    max_length: int = 128
+    """Longest sequence in word pieces, special ones included; longer ones are cut, counted and reported."""
+    packing: bool = True
+    """Text: put several examples in one row, attention within each only. False: one example a row, padded to max_length."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """Pixels."""
+    threads: int = 4
+    """Threads that read, decode and augment ahead of the device."""
+    cache_dir: str | None = None
+    """Where prepared data and token caches live; None: $FINETUNE_JAX_CACHE, else ~/.cache/finetune_jax."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How parameters move."""
+
+    __pydantic_config__ = STRICT
+
+    name: Literal["adamw", "sgd", "adafactor", "lamb", "lion"] = "adamw"
+    """Optimizer, from optax."""
+    learning_rate: float = 3e-5
+    """Peak of the schedule."""
+    schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    """After the warm-up: to 0 in a line or a half cosine, level, or as 1 / sqrt(step)."""
+    warmup_ratio: float = 0.0
+    """Share of all steps over which the learning rate rises from 0."""
+    warmup_steps: int | None = None
+    """The same in steps; wins over warmup_ratio."""
+    weight_decay: float = 0.0
+    """Biases, LayerNorm and BatchNorm are left out. Decoupled from the gradient, except for sgd, which adds it as torch does."""
+    beta1: float = 0.9
+    """Adam, LAMB, Lion: decay of the first moment."""
+    beta2: float = 0.999
+    """Adam, LAMB, Lion: decay of the second moment."""
+    eps: float = 1e-8
+    """Adam, LAMB: added to the root of the second moment."""
+    momentum: float = 0.9
+    """SGD."""
+    nesterov: bool = False
+    """SGD."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; None leaves it alone."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in batches of what size."""
+
+    __pydantic_config__ = STRICT
+
+    epochs: float = 3.0
+    """Passes over the training split."""
+    steps: int | None = None
+    """Updates; wins over epochs."""
+    batch_size: int = 32
+    """Examples an update over all devices and micro-batches; with packing, on average."""
+    accumulation: int = 1
+    """Micro-batches an update: memory of one, result of all."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl and TensorBoard."""
+    early_stopping: int | None = None
+    """Evaluations in a row without a better `evaluation.metric` after which training ends."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When, and what is best."""
+
+    __pydantic_config__ = STRICT
+
+    every_steps: int | None = None
+    """Steps between evaluations on validation; None: after each epoch."""
+    batch_size: int = 64
+    """Examples at once over all devices; with packing, on average."""
+    metric: str | None = None
+    """Decides the best checkpoint and early stopping; None takes the task's own: f1, accuracy or spearman."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept."""
+
+    __pydantic_config__ = STRICT
+
+    every_steps: int | None = None
+    """Steps between saves; None: at each evaluation."""
+    keep: int = 1
+    """How many of the newest are kept; the best one is kept besides."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what the others leave."""
+
+    __pydantic_config__ = STRICT
+
+    data: int = -1
+    """Batch rows are split, parameters are copied."""
+    fsdp: int = 1
+    """Batch rows, parameters and optimizer state are split."""
+    tensor: int = 1
+    """Matrices are split, batch rows are copied."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    __pydantic_config__ = STRICT
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    """Seeds initialisation, the order of examples, dropout and augmentation."""
+
+
+ADAPTER = pydantic.TypeAdapter(Config)
+
+
+def field_paths(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted paths of all fields, as on the command line: `optim.learning-rate`."""
+    paths = []
+    for item in dataclasses.fields(cls):
+        path = prefix + item.name.replace("_", "-")
+        nested = item.default_factory if isinstance(item.default_factory, type) else None
+        if nested is not None and dataclasses.is_dataclass(nested):
+            paths += field_paths(nested, path + ".")
+        else:
+            paths.append(path)
+    return paths
+
+
+def nearest(value: str, known: list[str]) -> str:
+    """`; did you mean ...?` for the known value closest to `value`, or nothing where none is close."""
+    close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def load_recipe(path: str) -> Config:
+    """The `Config` that `get_config()` of a recipe file returns.
+
+    Raises:
+        UserError: The file is missing, has no `get_config`, or does not return a valid `Config`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise UserError(f"config file {path} does not exist{nearest(str(path), known)}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {path} is not a Python file; name a recipe such as configs/sst2_local.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"config file {path}: get_config() returned {type(config).__name__}, not Config")
+    return validate(config)
+
+
+def from_dict(values: dict[str, Any], where: str) -> Config:
+    """A `Config` from what `to_dict` made.
+
+    Raises:
+        UserError: Naming the field and its place.
+    """
+    try:
+        return ADAPTER.validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        hint = nearest(place, field_paths()) if first["type"] == "unexpected_keyword_argument" else ""
+        raise UserError(f"{where}: {place}: {first['msg']}, not {first['input']!r}{hint}") from error
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON values; `from_dict` takes them back."""
+    return ADAPTER.dump_python(config, mode="json")
+
+
+def load_saved(path: Path) -> Config:
+    """The config.json of a run folder."""
+    return from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def validate(config: Config) -> Config:
+    """Types (dataclasses do not check their own) and limits; returns the config.
+
+    Raises:
+        UserError: Naming the value, the limit and the fix.
+    """
+    config = from_dict(to_dict(config), "config")
+    for path, value, low in (
+        ("train.batch-size", config.train.batch_size, 1),
+        ("train.accumulation", config.train.accumulation, 1),
+        ("train.log-every", config.train.log_every, 1),
+        ("train.early-stopping", config.train.early_stopping, 1),
+        ("train.steps", config.train.steps, 1),
+        ("evaluation.batch-size", config.evaluation.batch_size, 1),
+        ("evaluation.every-steps", config.evaluation.every_steps, 1),
+        ("checkpoint.every-steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("data.threads", config.data.threads, 1),
+        ("data.max-length", config.data.max_length, 8),
+        ("data.max-train-examples", config.data.max_train_examples, 1),
+        ("data.image.size", config.data.image.size, 1),
+        ("optim.warmup-steps", config.optim.warmup_steps, 0),
+        ("seed", config.seed, 0),
+    ):
+        if value is not None and value < low:
+            raise UserError(f"{path} is {value}, must be at least {low}")
+    for path, value, low, high in (
+        ("task.label-smoothing", config.task.label_smoothing, 0.0, 0.999),
+        ("optim.warmup-ratio", config.optim.warmup_ratio, 0.0, 1.0),
+        ("optim.momentum", config.optim.momentum, 0.0, 0.9999),
+        ("optim.beta1", config.optim.beta1, 0.0, 0.999999),
+        ("optim.beta2", config.optim.beta2, 0.0, 0.999999),
+        ("data.validation-fraction", config.data.validation_fraction, 0.0, 0.99),
+        ("data.test-fraction", config.data.test_fraction, 0.0, 0.99),
+        ("data.image.crop-pct", config.data.image.crop_pct, 0.01, 1.0),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{path} is {value}, must be from {low:g} to {high:g}")
+    for path, value in (
+        ("optim.learning-rate", config.optim.learning_rate),
+        ("train.epochs", config.train.epochs),
+        ("optim.clip-norm", config.optim.clip_norm),
+        ("optim.eps", config.optim.eps),
+    ):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{path} is {value}, must be above 0")
+    if (config.task.name == "image_classification") != (config.model.family == "resnet"):
+        raise UserError(f"task {config.task.name} does not go with model family {config.model.family}")
+    if config.train.batch_size % config.train.accumulation:
+        raise UserError(
+            f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"
+        )
+    return config

@@ -1,0 +1,1 @@
+"""Examples in, batches of static shape out: sources -> features -> batches."""

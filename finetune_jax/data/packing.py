@@ -1,0 +1,197 @@
+"""Which example lies where: a plan of batches for one epoch, as a pure function of (lengths, seed, epoch).
+
+A batch has a fixed number of rows of a fixed length. With packing a row holds several segments one after another
+(attention stays within each, see models/bert.py), so that almost no row is padding; without, it holds one.
+Nothing here knows of text or images: a segment is a number and a length.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+FILL = 0.975  # share of a packed batch that the planner below fills on the lengths of real data sets
+WAITING = 64  # segments that may wait for a later batch before the current one is closed
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The static shape of a batch: `rows` x `length` positions, `segments` at most in a row.
+
+    `examples` is how many segments a batch holds on average at most; 0 fills the rows.
+    """
+
+    rows: int
+    length: int
+    segments: int
+    examples: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch. Arrays of one entry a segment, in the order of batches; batch b owns offsets[b]:offsets[b + 1]."""
+
+    segment: np.ndarray
+    row: np.ndarray
+    start: np.ndarray
+    slot: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def batch(self, index: int) -> "Placement":
+        """Where the segments of one batch lie."""
+        part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return Placement(self.segment[part], self.row[part], self.start[part], self.slot[part])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The segments of one batch: segment i begins at column start[i] of row[i], as the slot[i]-th of its row."""
+
+    segment: np.ndarray
+    row: np.ndarray
+    start: np.ndarray
+    slot: np.ndarray
+
+    def rows_of(self, first: int, end: int) -> "Placement":
+        """Only rows first..end - 1, counted from 0 again: one host's share."""
+        mine = (self.row >= first) & (self.row < end)
+        return Placement(self.segment[mine], self.row[mine] - first, self.start[mine], self.slot[mine])
+
+
+def epoch_order(count: int, seed: int | None, epoch: int) -> np.ndarray:
+    """The order of `count` segments in an epoch; seed None keeps theirs."""
+    if seed is None:
+        return np.arange(count)
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def plan_fixed(order: np.ndarray, rows: int) -> Plan:
+    """One segment a row, `rows` segments a batch; the last batch may be short."""
+    count = len(order)
+    zeros = np.zeros(count, np.int32)
+    offsets = np.append(np.arange(0, count, rows), count)
+    return Plan(order.astype(np.int64), (np.arange(count) % rows).astype(np.int32), zeros, zeros, offsets)
+
+
+def plan_packed(order: np.ndarray, lengths: np.ndarray, shape: RowShape) -> Plan:
+    """Best fit, online: each segment goes to the fullest open row of the batch that still takes it.
+
+    A segment that fits nowhere waits and is offered to the next batch first; the batch is closed when WAITING
+    segments wait, when no room is left for the shortest one, or when the batches so far hold `shape.examples` each.
+    O(n log rows).
+    """
+    placed: list[tuple[int, int, int, int]] = []
+    offsets = [0]
+    queue = [int(segment) for segment in order]
+    queue.reverse()  # popped from the end
+    sizes = lengths.tolist()
+    shortest = int(lengths.min()) if len(order) else 0
+    while queue:
+        open_rows = [(shape.length, row) for row in range(shape.rows)]  # (room left, row), sorted by room
+        counts = [0] * shape.rows
+        waiting: list[int] = []
+        quota = shape.examples * len(offsets) if shape.examples else len(order)
+        while queue and len(placed) < quota and len(waiting) < WAITING and open_rows and open_rows[-1][0] >= shortest:
+            segment = queue.pop()
+            size = sizes[segment]
+            at = bisect.bisect_left(open_rows, (size, -1))
+            if at == len(open_rows):
+                waiting.append(segment)
+                continue
+            room, row = open_rows.pop(at)
+            placed.append((segment, row, shape.length - room, counts[row]))
+            counts[row] += 1
+            if counts[row] < shape.segments:
+                bisect.insort(open_rows, (room - size, row))
+        queue.extend(reversed(waiting))
+        offsets.append(len(placed))
+    table = np.array(placed, np.int64).reshape(-1, 4)
+    segment, row, start, slot = table.T
+    return Plan(segment, row.astype(np.int32), start.astype(np.int32), slot.astype(np.int32), np.array(offsets))
+
+
+def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int, multiple: int) -> RowShape:
+    """Rows and their length so that a filled batch holds `batch_size` examples of mean length.
+
+    Args:
+        lengths: Pieces of each segment of the training split.
+        batch_size: Examples a batch, on average.
+        max_length: Longest row, pieces.
+        multiple: The number of rows must divide by this (devices times micro-batches).
+    """
+    mean = float(lengths.mean())
+    wanted = batch_size * mean / FILL
+    longest = int(lengths.max())
+    # Four mean segments a row and more leave little over at its end; the length is a multiple of 8 for the hardware.
+    low = min(_ceil(max(longest, 4 * mean), 8), _ceil(max_length, 8))
+    best: RowShape | None = None
+    for rows in range(multiple, _ceil(wanted / low, multiple) + multiple, multiple):
+        length = min(max(8 * round(wanted / rows / 8), low), _ceil(max_length, 8))
+        error = abs(rows * length - wanted)
+        if best is None or error < abs(best.rows * best.length - wanted):
+            best = RowShape(rows, length, 0, batch_size)
+    assert best is not None
+    most = max(1, best.length // int(lengths.min()))
+    return replace(best, segments=min(most, max(4, _ceil(3 * best.length / mean, 1))))
+
+
+def _ceil(value: float, multiple: int) -> int:
+    return int(-(-value // multiple)) * multiple
+
+
+@dataclass
+class Epochs:
+    """All epochs of a split: the plan of each, and where a step lies. Plans are kept for the current epoch only."""
+
+    count: int
+    shape: RowShape
+    seed: int | None
+    lengths: np.ndarray | None
+    packing: bool
+
+    def __post_init__(self) -> None:
+        self._cached: tuple[int, Plan] | None = None
+        self._ends: list[int] = []
+
+    def plan(self, epoch: int) -> Plan:
+        """The plan of an epoch, the same on every host and at every call."""
+        cached = self._cached  # read once: loader threads share this object
+        if cached is None or cached[0] != epoch:
+            order = epoch_order(self.count, self.seed, epoch)
+            if self.packing and self.lengths is not None:
+                cached = (epoch, plan_packed(order, self.lengths, self.shape))
+            else:
+                cached = (epoch, plan_fixed(order, self.shape.rows))
+            self._cached = cached
+        return cached[1]
+
+    def end(self, epoch: int) -> int:
+        """The number of steps from the start of training to the end of `epoch`."""
+        while len(self._ends) <= epoch:
+            done = self._ends[-1] if self._ends else 0
+            self._ends.append(done + len(self.plan(len(self._ends))))
+        return self._ends[epoch]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, batch within it) of a step."""
+        epoch = 0
+        while self.end(epoch) <= step:
+            epoch += 1
+        return epoch, step - (self.end(epoch - 1) if epoch else 0)
+
+    def steps(self, epochs: float) -> int:
+        """How many steps `epochs` passes take; a part of an epoch is rounded to the nearest step."""
+        whole = int(epochs)
+        done = self.end(whole - 1) if whole else 0
+        part = epochs - whole
+        return max(1, done + (round(part * len(self.plan(whole))) if part else 0))
+
+
+def positions(lengths: Sequence[int]) -> np.ndarray:
+    """0, 1, 2, ... for each of the lengths, one after another."""
+    total = np.asarray(lengths, np.int64)
+    return np.arange(total.sum()) - np.repeat(np.cumsum(total) - total, total)

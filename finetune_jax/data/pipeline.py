@@ -1,0 +1,192 @@
+"""Features to batches on the device, ahead of the loop.
+
+The batch of step n is a pure function of (seed, n): resuming is asking for the next n. Threads only decide when it is
+made, hosts only which of its rows they make.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from finetune_jax.data.image import ImageProcessor, augment, read_image, to_channels
+from finetune_jax.data.packing import Epochs, Placement, RowShape, packed_shape
+from finetune_jax.data.text import TextFeatures
+from finetune_jax.errors import UserError
+from finetune_jax.sharding import batch_parts, place_rows
+
+AHEAD = 2  # batches placed on the device before the loop asks for them
+
+Batch = dict[str, np.ndarray]
+
+
+class Examples(Protocol):
+    """A split as the loader sees it: numbered segments that can be laid into a batch."""
+
+    @property
+    def lengths(self) -> np.ndarray | None: ...
+
+    @property
+    def example_ids(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def tokens_of(self, segments: np.ndarray) -> int: ...
+
+    def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class ImageExamples:
+    """A split of images; `augmentation` and `seed` say how training pixels vary."""
+
+    records: Sequence[dict[str, Any]]
+    processor: ImageProcessor
+    channels: int
+    augmentation: str
+    seed: int
+
+    @property
+    def lengths(self) -> None:
+        return None
+
+    @property
+    def example_ids(self) -> np.ndarray:
+        return np.arange(len(self.records), dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def tokens_of(self, segments: np.ndarray) -> int:
+        """Images have no tokens."""
+        return 0
+
+    def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> Batch:
+        """uint8 `pixels` BxHxWxC (normalised on the device), labels and weights B.
+
+        The augmentation of an example is a pure function of (seed, epoch, example); epoch None does not augment.
+        """
+        size = self.processor.size
+        pixels = np.zeros((shape.rows, size, size, self.channels), np.uint8)
+        labels, weights = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.float32)
+        records = self.records.__getitems__([int(i) for i in where.segment])  # pyright: ignore
+        for index, row, record in zip(where.segment, where.row, records, strict=True):
+            image = record["image"]
+            image = to_channels(read_image(image) if isinstance(image, Path) else image, self.channels)
+            if epoch is None or self.augmentation == "none":
+                pixels[row] = self.processor.resize(image)
+            else:
+                rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch * len(self) + int(index)]))
+                pixels[row] = augment(self.processor, image, self.augmentation, rng)
+            labels[row] = record.get("label", 0)
+            weights[row] = 1.0
+        return {"pixels": pixels, "labels": labels, "weights": weights}
+
+
+@dataclass
+class Batches:
+    """Random access to batches by step; each host makes its own rows only."""
+
+    examples: Examples
+    shape: RowShape
+    seed: int | None
+    packing: bool
+    steps: int = 0
+    """How many there are; 0 stands for one epoch."""
+
+    def __post_init__(self) -> None:
+        self.epochs = Epochs(len(self.examples), self.shape, self.seed, self.examples.lengths, self.packing)
+        self.steps = self.steps or self.epochs.end(0)
+        share = self.shape.rows // jax.process_count()
+        self._rows = (jax.process_index() * share, (jax.process_index() + 1) * share)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def placement(self, step: int) -> Placement:
+        """Which segments the global batch of a step holds, and where."""
+        epoch, index = self.epochs.locate(step)
+        return self.epochs.plan(epoch).batch(index)
+
+    def example_ids(self, step: int) -> np.ndarray:
+        """Examples of the global batch, in the order of their places."""
+        return self.examples.example_ids[self.placement(step).segment]
+
+    def __getitem__(self, step: int) -> Batch:
+        first, end = self._rows
+        epoch = None if self.seed is None else self.epochs.locate(step)[0]
+        local = replace(self.shape, rows=end - first)
+        return self.examples.assemble(self.placement(step).rows_of(first, end), local, epoch)
+
+
+def padding_share(batches: Batches) -> float:
+    """Share of a first epoch's positions that hold no token."""
+    plan = batches.epochs.plan(0)
+    positions = len(plan) * batches.shape.rows * batches.shape.length
+    return 1.0 - batches.examples.tokens_of(plan.segment) / positions
+
+
+def train_shape(examples: Examples, batch_size: int, max_length: int, packing: bool, parts: int) -> RowShape:
+    """The static shape of a training batch.
+
+    Args:
+        examples: The training split.
+        batch_size: Examples a batch (with packing, on average).
+        max_length: Longest row.
+        packing: Several segments a row.
+        parts: Devices along the batch, times micro-batches: rows must divide by it.
+
+    Raises:
+        UserError: The batch does not divide.
+    """
+    lengths = examples.lengths
+    if packing and lengths is not None:
+        return packed_shape(lengths, batch_size, max_length, parts)
+    if batch_size % parts:
+        raise UserError(
+            f"train.batch-size {batch_size} does not divide by {parts} (devices along data and fsdp, times"
+            f" train.accumulation); {math.ceil(batch_size / parts) * parts} would"
+        )
+    return RowShape(batch_size, 1 if lengths is None else _padded(lengths, max_length), 1)
+
+
+def evaluation_shape(examples: Examples, batch_size: int, max_length: int, packing: bool, parts: int) -> RowShape:
+    """The static shape of an evaluation batch; rows are rounded up to divide by `parts`, the rest is padding."""
+    lengths = examples.lengths
+    if packing and lengths is not None:
+        return replace(packed_shape(lengths, batch_size, max_length, parts), examples=0)
+    rows = math.ceil(batch_size / parts) * parts
+    return RowShape(rows, 1 if lengths is None else _padded(lengths, max_length), 1)
+
+
+def _padded(lengths: np.ndarray, max_length: int) -> int:
+    """Rows of unpacked text are as long as the longest example, not longer than needed."""
+    return min(-(-int(lengths.max()) // 8) * 8, max(max_length, int(lengths.max())))
+
+
+def device_batches(batches: Batches, mesh: Mesh, start: int, threads: int) -> Iterator[dict[str, jax.Array]]:
+    """Batches of steps start, start + 1, ... on the mesh, read by threads and placed AHEAD of their use."""
+    if start >= len(batches):
+        return
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+    iterator.set_state({"next_index": start})
+    queue: deque[dict[str, jax.Array]] = deque()
+    for batch in iterator:
+        queue.append(place_rows(batch, mesh))
+        if len(queue) > AHEAD:
+            yield queue.popleft()
+    while queue:
+        yield queue.popleft()
+
+
+def parts_of(mesh: Mesh, accumulation: int = 1) -> int:
+    """What the rows of a batch must divide by."""
+    return batch_parts(mesh) * accumulation

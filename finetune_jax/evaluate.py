@@ -1,0 +1,130 @@
+"""Exact evaluation: every example once, whatever the batch size, the number of devices or the last batch's length."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax import metrics
+from finetune_jax.config import Config, load_saved
+from finetune_jax.data.pipeline import Batches, Examples, device_batches, evaluation_shape, parts_of
+from finetune_jax.data.sources import load_source
+from finetune_jax.errors import UserError
+from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model
+from finetune_jax.step import abstract_batch, compile_forward, make_forward
+from finetune_jax.tasks import TASKS
+from finetune_jax.tree import Flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures of one split."""
+
+    metrics: dict[str, Any]
+    """`loss` and the task's own, by scikit-learn's and seqeval's names; JSON values."""
+    report: str
+    """A table to print."""
+
+
+class Forward:
+    """The compiled forward step of one split, to be run again as the weights change."""
+
+    def __init__(self, job: Job, examples: Examples, batch_size: int, max_length: int, packing: bool, threads: int = 4):
+        """
+        Args:
+            job: Task, model and mesh.
+            examples: The split.
+            batch_size: Examples at once over all devices (with packing, on average).
+            max_length: Longest row, pieces.
+            packing: Several examples a row.
+            threads: That read ahead.
+        """
+        shape = evaluation_shape(examples, batch_size, max_length, packing, parts_of(job.mesh))
+        self._job, self._examples, self._threads = job, examples, threads
+        self._batches = Batches(examples, shape, None, packing)
+        self._compiled: Any = None
+
+    def compile(self, weights: Flat) -> None:
+        """Ahead of use; `weights` gives shapes and shardings."""
+        if self._compiled is None:
+            batch = abstract_batch(self._batches[0], self._batches.shape.rows, self._job.mesh)
+            step = make_forward(self._job.task, self._job.parts)
+            self._compiled = compile_forward(step, weights, batch, self._job.mesh)
+
+    def logits(self, weights: Flat) -> tuple[np.ndarray, metrics.Sums]:
+        """Logits of all segments (or pieces) in the split's order, and the sums of the loss."""
+        self.compile(weights)
+        collected: np.ndarray | None = None
+        sums: metrics.Sums = {}
+        pending: tuple[int, Any] | None = None
+        batches = device_batches(self._batches, self._job.mesh, 0, self._threads)
+        for step, batch in enumerate(batches):
+            output = self._compiled(weights, batch)
+            if pending is not None:  # read one batch late: the device works on while the host copies
+                collected, sums = self._collect(collected, sums, *pending)
+            pending = (step, output)
+        assert pending is not None
+        collected, sums = self._collect(collected, sums, *pending)
+        assert collected is not None
+        return collected, sums
+
+    def _collect(
+        self, into: np.ndarray | None, sums: metrics.Sums, step: int, output: Any
+    ) -> tuple[np.ndarray, metrics.Sums]:
+        logits, part = jax.device_get(output)
+        where = self._batches.placement(step)
+        offsets = getattr(self._examples, "offsets", None)
+        per_piece = logits.ndim == 3 and getattr(self._examples, "words", np.zeros(0)).size > 0
+        if into is None:
+            count = int(offsets[-1]) if per_piece and offsets is not None else len(self._examples)
+            into = np.zeros((count, logits.shape[-1]), np.float32)
+        if per_piece and offsets is not None:
+            for segment, row, start in zip(where.segment, where.row, where.start, strict=True):
+                first, end = int(offsets[segment]), int(offsets[segment + 1])
+                into[first:end] = logits[row, start : start + end - first]
+        else:
+            into[where.segment] = logits[where.row, where.slot] if logits.ndim == 3 else logits[where.row]
+        return into, metrics.add_sums(sums, part)
+
+
+def evaluate(forward: Forward, job: Job, examples: Examples, weights: Flat) -> Evaluation:
+    """Metrics of a labelled split."""
+    logits, sums = forward.logits(weights)
+    figures, report = job.task.metrics(logits, examples)
+    return Evaluation(metrics.means(sums) | figures, report)
+
+
+def evaluate_model(model: str, config: Config | None, split: str, step: str = "best") -> Evaluation:
+    """Metrics of a run or a Hugging Face folder on a split of a recipe's data.
+
+    Args:
+        model: A run folder or a Hugging Face folder.
+        config: Says which data; None takes the run's own.
+        split: train, validation or test.
+        step: Of a run: best, latest or a number.
+
+    Raises:
+        UserError: There is no such split, or labels that the model does not know.
+    """
+    if config is None:
+        path = Path(model).expanduser()
+        if not is_run(path):
+            raise UserError(f"{model} is not a run folder: say which data with --config")
+        config = load_saved(path / CONFIG_FILE)
+    job, weights = open_model(model, step=step, max_length=config.data.max_length, mesh=config.mesh)
+    if TASKS[config.task.name] is not type(job.task):
+        raise UserError(f"{model} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task")
+    source = load_source(config.data, config.task.name, labels=job.task.labels)
+    if split not in source.splits:
+        raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
+    examples = job.task.examples(source.splits[split], train=False)
+    settings = config.data
+    forward = Forward(job, examples, config.evaluation.batch_size, settings.max_length, settings.packing, settings.threads)
+    return evaluate(forward, job, examples, weights)
+
+
+def scalars(figures: dict[str, Any]) -> dict[str, float]:
+    """The numbers among the metrics: what goes to TensorBoard and decides the best checkpoint."""
+    return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -1,0 +1,123 @@
+"""A run to a Hugging Face folder, and the proof that the folder gives the run's logits."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax import __version__, config
+from finetune_jax.errors import UserError
+from finetune_jax.hf import files
+from finetune_jax.hf.pretrained import export_tensors
+from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model, save_model_folder
+from finetune_jax.runfolder import MANIFEST_FILE, RESULT_FILE
+from finetune_jax.step import make_forward
+from finetune_jax.tree import Flat
+
+CARD_FILE = "README.md"
+
+
+def export(run: Path, output: Path, *, step: str = "best", verify: bool = False) -> float | None:
+    """Write config.json, model.safetensors, tokenizer or preprocessor_config.json, and a model card.
+
+    The folder is written beside its place and renamed: it is there whole or not at all.
+
+    Args:
+        run: The run folder.
+        output: A folder that does not exist yet.
+        step: best, latest or a number.
+        verify: Reload what was written and compare its logits.
+
+    Returns:
+        The largest absolute difference of a logit, if `verify`.
+
+    Raises:
+        UserError: The run is none, or the output exists.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; name a new folder or remove it")
+    if not is_run(run):
+        raise UserError(f"{run} is not a run folder; name the --workdir of finetune-jax train")
+    job, weights = open_model(str(run), step=step)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        save_model_folder(job, draft)
+        files.save_tensors(draft, export_tensors(job.family, jax.device_get(weights)))
+        (draft / CARD_FILE).write_text(model_card(run, job, step), encoding="utf-8")
+        difference = largest_difference(job, weights, draft) if verify else None
+        os.chmod(draft, 0o755)  # mkdtemp made it private
+        os.rename(draft, output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return difference
+
+
+def largest_difference(job: Job, weights: Flat, folder: Path) -> float:
+    """Largest absolute difference between the logits of these weights and of the folder's, on the same random input."""
+    other, loaded = open_model(str(folder))
+    batch = sample_batch(job)
+    ours, _ = jax.jit(make_forward(job.task, job.parts))(weights, batch)
+    theirs, _ = jax.jit(make_forward(other.task, other.parts))(loaded, batch)
+    return float(np.max(np.abs(np.asarray(ours) - np.asarray(theirs))))
+
+
+def sample_batch(job: Job) -> dict[str, np.ndarray]:
+    """A batch of random input fit for the model, the same at every call."""
+    rng = np.random.Generator(np.random.Philox(0))
+    if job.family == "resnet":
+        size = job.task.processor.size  # pyright: ignore[reportAttributeAccessIssue]
+        pixels = rng.integers(0, 256, (4, size, size, job.model_config.num_channels), np.uint8)
+        return {"pixels": pixels, "labels": np.zeros(4, np.int32), "weights": np.ones(4, np.float32)}
+    rows, length = 4, min(32, job.model_config.max_position_embeddings)
+    ids = rng.integers(0, job.model_config.vocab_size, (rows, length)).astype(np.int32)
+    wide = job.task.architecture.endswith("TokenClassification")
+    flat = (rows, length) if wide else (rows, 1)
+    return {
+        "input_ids": ids,
+        "token_type_ids": np.zeros_like(ids),
+        "position_ids": np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape).copy(),
+        "segment_ids": np.ones_like(ids),
+        "first": np.zeros((rows, 1), np.int32),
+        "labels": np.zeros(flat, np.int32),
+        "weights": np.ones(flat, np.float32),
+    }
+
+
+def model_card(run: Path, job: Job, step: str) -> str:
+    """Markdown: data, hyper-parameters and metrics of the run."""
+    saved = config.load_saved(run / CONFIG_FILE)
+    result = json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}
+    manifest = json.loads((run / MANIFEST_FILE).read_text("utf-8"))
+    base = saved.model.pretrained
+    lines = ["---", "library_name: transformers", "tags: [finetune-jax, jax, flax]"]
+    if base and not base.startswith(("package:", ".", "/", "~", "$")):
+        lines.append(f"base_model: {base}")
+    lines += ["---", "", f"# {job.task.architecture}", ""]
+    lines.append(f"Fine-tuned with finetune_jax {__version__} from {base or 'random weights'}; checkpoint: {step}.")
+    lines += ["", "## Data", "", manifest["data"], ""]
+    if job.task.labels:
+        lines += [f"Labels: {', '.join(job.task.labels)}.", ""]
+    lines += ["## Metrics", ""]
+    lines += _metric_table(result.get("metrics", {})) if result else ["The run had not ended when this was written.", ""]
+    lines += ["## Hyper-parameters", "", "```json"]
+    shown = {name: value for name, value in config.to_dict(saved).items() if name not in ("data", "mesh", "checkpoint")}
+    lines += [json.dumps(shown, indent=2), "```", ""]
+    return "\n".join(lines)
+
+
+def _metric_table(figures: dict[str, dict[str, Any]]) -> list[str]:
+    numbers = {split: {n: v for n, v in rows.items() if isinstance(v, int | float)} for split, rows in figures.items()}
+    names = sorted({name for rows in numbers.values() for name in rows})
+    lines = [f"| metric | {' | '.join(numbers)} |", "|---" * (len(numbers) + 1) + "|"]
+    for name in names:
+        cells = [f"{rows[name]:.4f}" if name in rows else "" for rows in numbers.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+

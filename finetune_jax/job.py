@@ -1,0 +1,240 @@
+"""What a command works on, put together once: task, model, where its weights come from, and the mesh.
+
+A model folder is what Hugging Face's is without weights: config.json and the tokenizer's or preprocessor's files. A
+run keeps one in RUN/model, so that a run and an exported checkpoint are opened the same way.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from finetune_jax.checkpoint import DIRECTORY, Checkpoints
+from finetune_jax.config import Config, MeshConfig, ModelConfig, load_saved, nearest
+from finetune_jax.data.image import ImageProcessor
+from finetune_jax.data.sources import Source, cache_root, load_source
+from finetune_jax.data.text import load_tokenizer
+from finetune_jax.errors import UserError
+from finetune_jax.hf import files
+from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
+from finetune_jax.models import bert, resnet
+from finetune_jax.sharding import make_mesh, shard_params
+from finetune_jax.state import ModelParts, initial_weights, split_model
+from finetune_jax.tasks import TASKS, Task
+from finetune_jax.tree import Flat
+
+FAMILIES = {"bert": bert, "resnet": resnet}
+MODEL_DIRECTORY = "model"
+CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A task and a model on a mesh, without weights."""
+
+    task: Task
+    family: str
+    model_config: Any
+    parts: ModelParts
+    mesh: Mesh
+
+    @property
+    def shardings(self) -> dict[str, NamedSharding]:
+        """Where each weight lies."""
+        return shard_params(FAMILIES[self.family].SHARDING, self.parts.abstract, self.mesh)
+
+    def hf_config(self) -> dict[str, Any]:
+        """config.json for transformers."""
+        return export_config(
+            self.family, self.model_config, self.task.architecture, self.task.labels, self.task.problem_type
+        )
+
+
+def make_job(task: Task, family: str, model_config: Any, mesh: Mesh, dtype: str = "float32") -> Job:
+    """Trace the task's model; no weights are made."""
+
+    def build(key: jax.Array) -> nnx.Module:
+        model: Any = task.model_class
+        return model(model_config, task.num_labels, dtype=DTYPES[dtype], rngs=nnx.Rngs(key))
+
+    return Job(task, family, model_config, split_model(build), mesh)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For training: from a config
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_pretrained(config: ModelConfig) -> Checkpoint | None:
+    """The checkpoint that the config names, or None.
+
+    Raises:
+        UserError: It is not there, or of another family.
+    """
+    if config.pretrained is None:
+        return None
+    checkpoint = open_checkpoint(os.path.expandvars(config.pretrained), config.revision)
+    if checkpoint.family != config.family:
+        raise UserError(
+            f"{config.pretrained} is a {checkpoint.family} checkpoint, model.family is {config.family}; set --model.family"
+        )
+    return checkpoint
+
+
+def open_source(config: Config, checkpoint: Checkpoint | None) -> Source:
+    """The data, its label ids those of the checkpoint's head where that is kept."""
+    labels = None if checkpoint is None or config.model.replace_head else head_labels(checkpoint, config.task.name)
+    return load_source(config.data, config.task.name, labels=labels)
+
+
+def head_labels(checkpoint: Checkpoint, task: str) -> tuple[str, ...] | None:
+    """Label names of a checkpoint whose head is this task's; None where it has no such head, or no names."""
+    return checkpoint.labels if TASKS[task].architecture in checkpoint.architectures else None
+
+
+def job_from_config(config: Config, checkpoint: Checkpoint | None, source: Source) -> Job:
+    """The job that a recipe describes."""
+    where = "model.hf-config" if checkpoint is None else checkpoint.source
+    fields = {**(checkpoint.hf_config if checkpoint else {}), **config.model.hf_config}
+    model_config = parse_config(config.model.family, fields, where)
+    values: dict[str, Any] = {"labels": source.labels}
+    kind = TASKS[config.task.name]
+    if config.model.family == "bert":
+        limit = model_config.max_position_embeddings
+        if config.data.max_length > limit:
+            raise UserError(f"data.max-length {config.data.max_length} is over the model's {limit} positions; lower it")
+        values |= {"max_length": config.data.max_length, "cache": cache_root(config.data) / "tokens"}
+        values["tokenizer"] = _tokenizer(config.model, checkpoint, model_config.vocab_size)
+    else:
+        channels = model_config.num_channels
+        values |= {"processor": _processor(config, checkpoint, channels), "channels": channels, "seed": config.seed}
+        values |= {"augmentation": config.data.image.augment, "batch_norm": config.model.batch_norm}
+    if source.labels is not None:
+        values["label_smoothing"] = config.task.label_smoothing
+    if config.task.name == "token_classification":
+        values["all_pieces"] = config.task.label_pieces == "all"
+    mesh = make_mesh(config.mesh)
+    return make_job(kind(**values), config.model.family, model_config, mesh, config.model.dtype)
+
+
+def _tokenizer(config: ModelConfig, checkpoint: Checkpoint | None, vocab_size: int) -> Any:
+    place = config.tokenizer or (str(checkpoint.folder) if checkpoint else None)
+    if place is None:
+        raise UserError("a model from random weights needs a tokenizer; set --model.tokenizer to a folder or vocab.txt")
+    path = Path(os.path.expandvars(place)).expanduser()
+    tokenizer = load_tokenizer(path if path.exists() else files.resolve(place))
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{place}: the tokenizer has {tokenizer.vocab_size} entries, the model's vocabulary {vocab_size}; they must match"
+        )
+    return tokenizer
+
+
+def _processor(config: Config, checkpoint: Checkpoint | None, channels: int) -> ImageProcessor:
+    image = config.data.image
+    file = checkpoint.folder / PREPROCESSOR_FILE if checkpoint else None
+    if file is None or not file.is_file():
+        return ImageProcessor.from_config(image, channels)
+    processor = ImageProcessor.from_hf(files.read_json(file), str(file))
+    return processor.with_size(image.size) if image.override_size else processor
+
+
+def pretrained_weights(job: Job, checkpoint: Checkpoint | None, replace_head: bool) -> tuple[dict[str, np.ndarray], str]:
+    """Weights of the checkpoint by path, and a sentence on what was and was not in it."""
+    if checkpoint is None:
+        return {}, "all weights are random"
+    loaded = load_params(checkpoint, job.parts.abstract, replace_head=replace_head)
+    note = f"{len(loaded.params)} tensors from {checkpoint.source}"
+    if loaded.new:
+        note += f"; new, random: {', '.join(loaded.new)}"
+    if loaded.unused:
+        note += f"; not used: {', '.join(loaded.unused)}"
+    return loaded.params, note
+
+
+def save_model_folder(job: Job, folder: Path) -> None:
+    """config.json and the files that turn raw input into features."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / CONFIG_FILE, job.hf_config())
+    job.task.save_inputs(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For evaluating, predicting, exporting: from a run folder or a Hugging Face folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run folder of ours."""
+    return (path / MODEL_DIRECTORY / CONFIG_FILE).is_file() and (path / DIRECTORY).is_dir()
+
+
+def open_model(
+    model: str, *, step: str = "best", max_length: int | None = None, mesh: MeshConfig | None = None
+) -> tuple[Job, Flat]:
+    """Job and weights of a trained model.
+
+    Args:
+        model: A run folder, or anything that `model.pretrained` takes whose head is one of our tasks'.
+        step: Of a run: best, latest or a number.
+        max_length: Longest text in word pieces; None takes the run's, or the tokenizer's.
+        mesh: Devices.
+
+    Raises:
+        UserError: It is neither, or has no head that a task here knows.
+    """
+    path = Path(os.path.expandvars(model)).expanduser()
+    run = is_run(path)
+    checkpoint = open_checkpoint(str(path / MODEL_DIRECTORY) if run else os.path.expandvars(model))
+    dtype = "float32"
+    if run:
+        saved = load_saved(path / CONFIG_FILE)
+        max_length, dtype = max_length or saved.data.max_length, saved.model.dtype
+    task = _task_of(checkpoint, max_length)
+    model_config = parse_config(checkpoint.family, checkpoint.hf_config, checkpoint.source)
+    job = make_job(task, checkpoint.family, model_config, make_mesh(mesh or MeshConfig()), dtype)
+    if run:
+        checkpoints = Checkpoints(path)
+        places = job.shardings
+        abstract = {p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[p]) for p, a in job.parts.abstract.items()}
+        weights = checkpoints.restore_weights(abstract, checkpoints.choose(step))
+        checkpoints.close()
+        return job, weights
+    loaded = load_params(checkpoint, job.parts.abstract, replace_head=False)
+    if loaded.new:
+        raise UserError(f"{model} has no trained head ({', '.join(loaded.new)}); fine-tune it first")
+    return job, initial_weights(job.parts, FAMILIES[job.family].SHARDING, job.mesh, 0, loaded.params)[0]
+
+
+def _task_of(checkpoint: Checkpoint, max_length: int | None) -> Task:
+    """The task that a checkpoint's architecture (and problem type) names."""
+    for kind in TASKS.values():
+        if kind.architecture not in checkpoint.architectures:
+            continue
+        regression = checkpoint.hf_config.get("problem_type") == "regression" or checkpoint.num_labels == 1
+        if kind.architecture.endswith("SequenceClassification") and (kind.problem_type == "regression") != regression:
+            continue
+        labels = checkpoint.labels or tuple(f"LABEL_{index}" for index in range(checkpoint.num_labels))
+        values: dict[str, Any] = {"labels": None if kind.problem_type == "regression" else labels}
+        if checkpoint.family == "bert":
+            tokenizer = load_tokenizer(checkpoint.folder)
+            limit = int(checkpoint.hf_config.get("max_position_embeddings", 512))
+            values |= {"tokenizer": tokenizer, "max_length": min(max_length or limit, limit), "cache": None}
+        else:
+            file = checkpoint.folder / PREPROCESSOR_FILE
+            if not file.is_file():
+                raise UserError(f"{checkpoint.source} has no {PREPROCESSOR_FILE}: how pixels are made is not known")
+            channels = int(checkpoint.hf_config.get("num_channels", 3))
+            values |= {"processor": ImageProcessor.from_hf(files.read_json(file), str(file)), "channels": channels}
+        return kind(**values)
+    known = sorted({kind.architecture for kind in TASKS.values()})
+    name = checkpoint.architectures[0] if checkpoint.architectures else "no architecture"
+    raise UserError(f"{checkpoint.source} is {name}, not one of {', '.join(known)}{nearest(name, known)}")

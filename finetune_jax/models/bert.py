@@ -1,0 +1,280 @@
+"""BERT encoders with a sequence or a token head, on rows that may hold several examples.
+
+Source: Devlin et al. 2018, arXiv:1810.04805; module and parameter names are those of transformers' BertModel.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from finetune_jax.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, dropout
+
+SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r".*/(query|key|value|intermediate/dense)/kernel", ("fsdp", "tensor")),
+    (r".*/(query|key|value|intermediate/dense)/bias", ("tensor",)),
+    (r".*/output/dense/kernel", ("tensor", "fsdp")),
+    (r".*_embeddings/embedding", (None, "fsdp")),
+    (r".*/pooler/dense/kernel", ("fsdp", None)),
+    (r".*/(output|pooler)/dense/bias", ()),
+    (r".*/LayerNorm/(scale|bias)", ()),
+    (r"classifier/(kernel|bias)", ()),
+)
+"""Mesh axis of each dimension; () copies. Two matrix products to one sum over "tensor", as Megatron-LM (arXiv:1909.08053)."""
+
+DECAY: tuple[tuple[str, bool], ...] = (
+    (r".*/LayerNorm/(scale|bias)", False),
+    (r".*/bias", False),
+    (r".*/(kernel|embedding)", True),
+)
+"""Which parameters weight decay pulls at."""
+
+HEAD = r"classifier/(kernel|bias)"
+"""Parameters of the task, which another task's checkpoint cannot give."""
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The fields of HF's BertConfig that change the arithmetic, with HF's defaults."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    classifier_dropout: float | None = None
+    """Of the head; None takes hidden_dropout_prob."""
+    pad_token_id: int | None = 0
+    """This row of the word embeddings gets no gradient."""
+
+
+class Embeddings(nnx.Module):
+    """Sum of word, position and token type vectors, normalised."""
+
+    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
+        init, width = nnx.initializers.normal(config.initializer_range), config.hidden_size
+        self.word_embeddings = Embed(
+            config.vocab_size, width, init, frozen_row=config.pad_token_id, rngs=rngs
+        )
+        self.position_embeddings = Embed(config.max_position_embeddings, width, init, rngs=rngs)
+        self.token_type_embeddings = Embed(config.type_vocab_size, width, init, rngs=rngs)
+        self.LayerNorm = LayerNorm(width, config.layer_norm_eps)
+
+    def __call__(
+        self, input_ids_BxL: jax.Array, token_type_ids_BxL: jax.Array, position_ids_BxL: jax.Array
+    ) -> jax.Array:
+        x_BxLxD = self.word_embeddings(input_ids_BxL) + self.token_type_embeddings(token_type_ids_BxL)
+        return self.LayerNorm(x_BxLxD + self.position_embeddings(position_ids_BxL))
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention; scores and softmax in float32."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        init, width = nnx.initializers.normal(config.initializer_range), config.hidden_size
+        self.query = Linear(width, width, init, dtype=dtype, rngs=rngs)
+        self.key = Linear(width, width, init, dtype=dtype, rngs=rngs)
+        self.value = Linear(width, width, init, dtype=dtype, rngs=rngs)
+        self.heads = config.num_attention_heads
+        self.dropout_rate = config.attention_probs_dropout_prob
+        self.dtype = dtype
+
+    def __call__(self, x_BxLxD: jax.Array, visible_Bx1xLxL: jax.Array, key: jax.Array | None) -> jax.Array:
+        B, L, D = x_BxLxD.shape
+        heads = (B, L, self.heads, D // self.heads)
+        query_BxLxNxH = self.query(x_BxLxD).reshape(heads)
+        key_BxLxNxH = self.key(x_BxLxD).reshape(heads)
+        value_BxLxNxH = self.value(x_BxLxD).reshape(heads)
+        scores_BxNxLxL = jnp.einsum(
+            "bqnh,bknh->bnqk", query_BxLxNxH, key_BxLxNxH, preferred_element_type=jnp.float32
+        ) * (heads[-1] ** -0.5)
+        # The lowest float, not -inf: with segments each position sees itself, but no mask may ever give NaN.
+        scores_BxNxLxL = jnp.where(visible_Bx1xLxL, scores_BxNxLxL, jnp.finfo(jnp.float32).min)
+        weights_BxNxLxL = dropout(jax.nn.softmax(scores_BxNxLxL, axis=-1), self.dropout_rate, key)
+        mixed_BxLxNxH = jnp.einsum("bnqk,bknh->bqnh", weights_BxNxLxL.astype(self.dtype), value_BxLxNxH)
+        return mixed_BxLxNxH.reshape(B, L, D)
+
+
+class Output(nnx.Module):
+    """Dense, dropout, sum with the residual, LayerNorm: what ends both halves of a layer."""
+
+    def __init__(self, width_in: int, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.dense = Linear(width_in, config.hidden_size, init, dtype=dtype, rngs=rngs)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout_rate = config.hidden_dropout_prob
+
+    def __call__(self, x_BxLxE: jax.Array, residual_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+        x_BxLxD = dropout(self.dense(x_BxLxE), self.dropout_rate, key).astype(jnp.float32)
+        return self.LayerNorm(x_BxLxD + residual_BxLxD.astype(jnp.float32))
+
+
+class Attention(nnx.Module):
+    """Self-attention and its output."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.self = SelfAttention(config, dtype, rngs)
+        self.output = Output(config.hidden_size, config, dtype, rngs)
+
+
+class Intermediate(nnx.Module):
+    """The widening half of the feed-forward block."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.dense = Linear(config.hidden_size, config.intermediate_size, init, dtype=dtype, rngs=rngs)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.hidden_act](self.dense(x_BxLxD))
+
+
+class Layer(nnx.Module):
+    """Attention, then feed-forward."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.attention = Attention(config, dtype, rngs)
+        self.intermediate = Intermediate(config, dtype, rngs)
+        self.output = Output(config.intermediate_size, config, dtype, rngs)
+        self.dtype = dtype
+
+    def __call__(self, x_BxLxD: jax.Array, visible_Bx1xLxL: jax.Array, key: jax.Array | None) -> jax.Array:
+        weights_key, attention_key, output_key = _split(key, 3)
+        mixed_BxLxD = self.attention.self(x_BxLxD, visible_Bx1xLxL, weights_key)
+        x_BxLxD = self.attention.output(mixed_BxLxD, x_BxLxD, attention_key).astype(self.dtype)
+        return self.output(self.intermediate(x_BxLxD), x_BxLxD, output_key).astype(self.dtype)
+
+
+class Encoder(nnx.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.layer = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
+
+
+class Pooler(nnx.Module):
+    """tanh of a dense layer on the first token."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.dense = Linear(config.hidden_size, config.hidden_size, init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
+        return jnp.tanh(self.dense(x_BxSxD))
+
+
+class Bert(nnx.Module):
+    """Embeddings and encoder; the pooler where the head needs one."""
+
+    def __init__(self, config: BertConfig, *, with_pooler: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.embeddings = Embeddings(config, rngs)
+        self.encoder = Encoder(config, dtype, rngs)
+        if with_pooler:
+            self.pooler = Pooler(config, dtype, rngs)
+        self.dropout_rate = config.hidden_dropout_prob
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        input_ids_BxL: jax.Array,
+        token_type_ids_BxL: jax.Array,
+        position_ids_BxL: jax.Array,
+        segment_ids_BxL: jax.Array,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        embeddings_key, encoder_key = _split(key, 2)
+        x_BxLxD = self.embeddings(input_ids_BxL, token_type_ids_BxL, position_ids_BxL)
+        x_BxLxD = dropout(x_BxLxD, self.dropout_rate, embeddings_key).astype(self.dtype)
+        # Padding is a segment too, so that no position is without one to look at: nothing reads what it computes.
+        visible_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
+        for index, layer in enumerate(self.encoder.layer):
+            layer_key = None if encoder_key is None else jax.random.fold_in(encoder_key, index)
+            x_BxLxD = layer(x_BxLxD, visible_BxLxL[:, None], layer_key)
+        return x_BxLxD
+
+
+class _Classifier(nnx.Module):
+    """An encoder, and a linear head after dropout; the head's product is float32."""
+
+    def __init__(
+        self, config: BertConfig, num_labels: int, *, with_pooler: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.bert = Bert(config, with_pooler=with_pooler, dtype=dtype, rngs=rngs)
+        init = nnx.initializers.normal(config.initializer_range)
+        self.classifier = Linear(config.hidden_size, num_labels, init, dtype=jnp.float32, rngs=rngs)
+        own = config.classifier_dropout
+        self.dropout_rate = config.hidden_dropout_prob if own is None else own
+
+
+class BertForSequenceClassification(_Classifier):
+    """One row of logits for each segment."""
+
+    def __init__(
+        self, config: BertConfig, num_labels: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        super().__init__(config, num_labels, with_pooler=True, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids_BxL: jax.Array,
+        token_type_ids_BxL: jax.Array,
+        position_ids_BxL: jax.Array,
+        segment_ids_BxL: jax.Array,
+        first_BxS: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of every segment.
+
+        Args:
+            input_ids_BxL: Word pieces.
+            token_type_ids_BxL: 0, or 1 for the second text of a pair.
+            position_ids_BxL: Position within the segment.
+            segment_ids_BxL: 0 for padding, 1, 2, ... for the examples of a row; only equal ids attend to each other.
+            first_BxS: Position of each segment's [CLS]; any valid position where a row has fewer segments.
+            dropout_key: None for none.
+
+        Returns:
+            logits_BxSxC, float32.
+        """
+        bert_key, head_key = _split(dropout_key, 2)
+        x_BxLxD = self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
+        first_BxSxD = jnp.take_along_axis(x_BxLxD, first_BxS[:, :, None], axis=1)
+        pooled_BxSxD = self.bert.pooler(first_BxSxD)
+        return self.classifier(dropout(pooled_BxSxD, self.dropout_rate, head_key))
+
+
+class BertForTokenClassification(_Classifier):
+    """One row of logits for each token."""
+
+    def __init__(
+        self, config: BertConfig, num_labels: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        super().__init__(config, num_labels, with_pooler=False, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids_BxL: jax.Array,
+        token_type_ids_BxL: jax.Array,
+        position_ids_BxL: jax.Array,
+        segment_ids_BxL: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """logits_BxLxC, float32; arguments as those of `BertForSequenceClassification`."""
+        bert_key, head_key = _split(dropout_key, 2)
+        x_BxLxD = self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
+        return self.classifier(dropout(x_BxLxD, self.dropout_rate, head_key))
+
+
+def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    return [None] * count if key is None else list(jax.random.split(key, count))

@@ -1,0 +1,217 @@
+"""The pieces both families are made of: dense, embedding, LayerNorm, convolution, BatchNorm, pooling, dropout.
+
+Parameters and statistics are float32. Kernels are [in, out], convolution kernels HWIO, images NHWC. Letters of shapes:
+B rows or images, L tokens, S segments, D hidden, E features out, N heads, H height (head size in attention),
+W width, C channels or classes.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
+
+_tanh_gelu = partial(jax.nn.gelu, approximate=True)
+_erf_gelu = partial(jax.nn.gelu, approximate=False)
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
+    {
+        "gelu": _erf_gelu,
+        "gelu_python": _erf_gelu,
+        "gelu_new": _tanh_gelu,
+        "gelu_fast": _tanh_gelu,
+        "gelu_accurate": _tanh_gelu,
+        "gelu_pytorch_tanh": _tanh_gelu,
+        "gelu_python_tanh": _tanh_gelu,
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "relu": jax.nn.relu,
+        "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+        "silu": jax.nn.silu,
+        "swish": jax.nn.silu,
+        "mish": jax.nn.mish,
+        "sigmoid": jax.nn.sigmoid,
+        "tanh": jnp.tanh,
+        "linear": lambda x: x,
+    }
+)
+"""HF's names of activations, each by HF's definition ("gelu" is the one with erf)."""
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, computed in `dtype`."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        init: Initializer,
+        *,
+        bias_init: Initializer | None = None,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), jnp.float32))
+        make_bias = bias_init or nnx.initializers.zeros
+        self.bias = nnx.Param(make_bias(rngs.params(), (d_out,), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y + _as_rank(self.bias[...].astype(self.dtype), y.ndim)
+
+
+class Embed(nnx.Module):
+    """Rows of a float32 table; an index past its end gives NaN, so that it is noticed."""
+
+    def __init__(
+        self, count: int, width: int, init: Initializer, *, frozen_row: int | None = None, rngs: nnx.Rngs
+    ):
+        """`frozen_row` starts at zero and never gets a gradient (torch's padding_idx)."""
+        table = init(rngs.params(), (count, width), jnp.float32)
+        self.embedding = nnx.Param(table if frozen_row is None else table.at[frozen_row].set(0.0))
+        self.frozen_row = frozen_row
+
+    def __call__(self, ids_BxL: jax.Array) -> jax.Array:
+        x_BxLxD = jnp.take(self.embedding[...], ids_BxL, axis=0, mode="fill")
+        if self.frozen_row is None:
+            return x_BxLxD
+        frozen_BxLx1 = (ids_BxL == self.frozen_row)[:, :, None]
+        return jnp.where(frozen_BxLx1, jax.lax.stop_gradient(x_BxLxD), x_BxLxD)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis in float32 whatever the input's dtype, and returns float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return normal * _as_rank(self.scale[...], x.ndim) + _as_rank(self.bias[...], x.ndim)
+
+
+class Conv(nnx.Module):
+    """Square convolution without bias, padded by size // 2 on every side as torch does (not XLA's "SAME")."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int,
+        stride: int,
+        init: Initializer,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, c_in, c_out), jnp.float32))
+        self.size, self.stride, self.dtype = size, stride, dtype
+
+    def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x_BxHxWxC.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=[(self.size // 2, self.size // 2)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation in float32 with torch's running averages; returns float32."""
+
+    momentum = 0.1
+    epsilon = 1e-5
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.mean = nnx.BatchStat(jnp.zeros(width))
+        self.var = nnx.BatchStat(jnp.ones(width))
+
+    def __call__(
+        self, x_BxHxWxC: jax.Array, weight_B: jax.Array | None, *, update_statistics: bool
+    ) -> jax.Array:
+        """Normalises each channel over images and positions.
+
+        Args:
+            x_BxHxWxC: Any float dtype.
+            weight_B: Images that are 0 here count in no statistic; None counts all.
+            update_statistics: Normalise with the batch and move the averages towards it (the unbiased variance, as
+                torch), instead of normalising with the averages and leaving them alone.
+        """
+        x_BxHxWxC = x_BxHxWxC.astype(jnp.float32)
+        if update_statistics:
+            mean_C, var_C = self._observe(x_BxHxWxC, weight_B)
+        else:
+            mean_C, var_C = self.mean[...], self.var[...]
+        scale_C = self.scale[...] * jax.lax.rsqrt(var_C + self.epsilon)
+        return (x_BxHxWxC - _as_rank(mean_C, 4)) * _as_rank(scale_C, 4) + _as_rank(self.bias[...], 4)
+
+    def _observe(self, x_BxHxWxC: jax.Array, weight_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        B, H, W, _ = x_BxHxWxC.shape
+        real_B = jnp.ones(B) if weight_B is None else (weight_B > 0).astype(jnp.float32)
+        real_Bx1x1x1 = real_B.reshape(B, 1, 1, 1)
+        count = jnp.sum(real_B) * float(H * W)
+        # A micro-batch of padding only has count 0: it must neither divide by zero nor move the averages.
+        share = 1.0 / jnp.maximum(count, 1.0)
+        mean_C = jnp.sum(x_BxHxWxC * real_Bx1x1x1, axis=(0, 1, 2)) * share
+        # Second pass, not E[x^2] - E[x]^2: that cancels where the mean is large against the deviation.
+        centred_BxHxWxC = (x_BxHxWxC - _as_rank(mean_C, 4)) * real_Bx1x1x1
+        var_C = jnp.sum(jnp.square(centred_BxHxWxC), axis=(0, 1, 2)) * share
+        momentum = jnp.where(count > 0, self.momentum, 0.0)
+        unbiased_C = var_C * (count / jnp.maximum(count - 1.0, 1.0))
+        for statistic, seen_C in ((self.mean, mean_C), (self.var, unbiased_C)):
+            old_C = statistic[...]
+            statistic[...] = old_C + momentum * (jax.lax.stop_gradient(seen_C) - old_C)
+        return mean_C, var_C
+
+
+def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:
+    """Maximum over 3x3 windows, stride 2, padding 1 with -inf.
+
+    Written as a running maximum over nine shifted slices: the gradient of XLA's own window reduction
+    (select-and-scatter) is several times slower on CPU. The strict comparison keeps the first of equal values, and
+    so the whole gradient goes where torch sends it; `jnp.maximum` would share it out.
+    """
+    padded = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    height, width = (x_BxHxWxC.shape[1] + 1) // 2, (x_BxHxWxC.shape[2] + 1) // 2
+    best = None
+    for row in range(3):
+        for column in range(3):
+            window = padded[:, row : row + 2 * height - 1 : 2, column : column + 2 * width - 1 : 2]
+            if best is None:
+                best = window
+            else:
+                best = jnp.where((window > best) | jnp.isnan(window), window, best)
+    assert best is not None
+    return best
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x (to the nearest 1/65536) and scales the rest to the same mean; key None does nothing.
+
+    Sixteen random bits decide one element: half the random words, which cost as much as a third of a BERT step on CPU.
+    """
+    cuts = round(rate * 65536)
+    if key is None or cuts == 0:
+        return x
+    half = -(-x.shape[-1] // 2)
+    bits = jax.random.bits(key, (*x.shape[:-1], half), jnp.uint32)
+    draws = jnp.concatenate([bits & 0xFFFF, bits >> 16], axis=-1)[..., : x.shape[-1]]
+    return jnp.where(draws >= cuts, x * (65536 / (65536 - cuts)), 0.0)
+
+
+def _as_rank(vector: jax.Array, ndim: int) -> jax.Array:
+    """A vector as the last axis of `ndim` axes: rank promotion is never silent here."""
+    return vector.reshape((1,) * (ndim - 1) + (-1,))

@@ -1,0 +1,103 @@
+"""JSON lines in, predictions out, in the input's order."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_jax.errors import UserError
+from finetune_jax.evaluate import Forward
+from finetune_jax.job import Job
+from finetune_jax.tree import Flat
+
+
+def read_lines(lines: Iterable[bytes], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of each non-empty line.
+
+    Raises:
+        UserError: Naming the line that is not a UTF-8 JSON object.
+    """
+    for number, line in enumerate(lines, 1):
+        place = f"{where}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place}: not UTF-8 at byte {error.start}; convert the file") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a line must be a JSON object such as {{\"text\": \"...\"}}")
+        yield place, row
+
+
+def predict_file(job: Job, weights: Flat, source: str, output: str, *, batch_size: int = 64, logits: bool = False) -> int:
+    """JSONL file (or - for standard input) to JSONL file (or - for standard output); returns the number of lines.
+
+    A file is written beside its place and renamed, so that an error leaves what was there.
+    """
+    if source == "-":
+        pairs = list(read_lines(sys.stdin.buffer, "standard input"))
+    else:
+        file = Path(source).expanduser()
+        if not file.is_file():
+            raise UserError(f"input {source} does not exist")
+        with file.open("rb") as stream:
+            pairs = list(read_lines(stream, source))
+    rows, places = [row for _, row in pairs], [place for place, _ in pairs]
+    made = predict(job, weights, rows, places=places, batch_size=batch_size, logits=logits)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+    if output == "-":
+        sys.stdout.write(text)
+    else:
+        draft = Path(output + ".draft")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, output)
+    return len(made)
+
+
+def predict(
+    job: Job,
+    weights: Flat,
+    rows: Sequence[dict[str, Any]],
+    *,
+    places: Sequence[str] | None = None,
+    batch_size: int = 64,
+    logits: bool = False,
+) -> list[dict[str, Any]]:
+    """Predictions for each row, in order.
+
+    Args:
+        job: From `job.open_model`.
+        weights: The same.
+        rows: Each with `text`, `text_a` and `text_b`, `tokens` or `image`, whichever the task reads.
+        places: A name for each row in errors; None numbers them.
+        batch_size: Examples at once.
+        logits: Add raw logits (for tokens: a list a word).
+
+    Raises:
+        UserError: Naming the row that cannot be read.
+    """
+    if not rows:
+        return []
+    places = places or [f"input {number}" for number in range(1, len(rows) + 1)]
+    records = [job.task.read_input(row, place) for row, place in zip(rows, places, strict=True)]
+    if len({tuple(sorted(record)) for record in records}) > 1:
+        first = sorted(records[0])
+        odd = next(p for r, p in zip(records, places, strict=True) if sorted(r) != first)
+        raise UserError(f"{odd}: fields differ from {places[0]}'s; all lines of one file must have the same")
+    examples = job.task.examples(Records(records), train=False)
+    max_length = getattr(job.task, "max_length", 1)
+    forward = Forward(job, examples, batch_size, max_length, packing=True)
+    values, _ = forward.logits(weights)
+    return job.task.predictions(values, examples, records, logits)
+
+
+class Records(list[dict[str, Any]]):
+    """A list that reads several records at once, as the data sources do."""
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]

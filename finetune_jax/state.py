@@ -1,0 +1,132 @@
+"""TrainState: abstract -> shardings -> values on the mesh. No full copy of the state is ever made on one device."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from finetune_jax.sharding import Rules, replicated, shard_like_params, shard_params
+from finetune_jax.tree import Flat, flatten
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes, and what it must not. Step N means that N updates are done."""
+
+    step: Any
+    """int32 []"""
+    params: Flat
+    """Trained parameters by path, float32."""
+    frozen: Flat
+    """Parameters that get no gradient and no optimizer state."""
+    model_state: Flat
+    """BatchNorm's running averages."""
+    opt_state: Any
+    """optax's."""
+    key: Any
+    """uint32 [2]: data of the base key; step keys are `fold_in(key, step)`."""
+
+    @property
+    def weights(self) -> Flat:
+        """Everything the model is merged from."""
+        return {**self.params, **self.frozen, **self.model_state}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelParts:
+    """A module without values: what a pure function needs to merge it with weights."""
+
+    graphdef: Any
+    abstract: dict[str, jax.ShapeDtypeStruct]
+    statistics: frozenset[str]
+    """Paths of BatchNorm's running averages."""
+    build: Callable[[jax.Array], nnx.Module]
+
+
+def split_model(build: Callable[[jax.Array], nnx.Module]) -> ModelParts:
+    """Trace the constructor, without making an array.
+
+    Args:
+        build: Key -> module.
+    """
+    model = nnx.eval_shape(lambda: build(jax.random.key(0)))
+    graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)
+    abstract = {**flatten(stats), **flatten(rest)}
+    return ModelParts(nnx.graphdef(model), dict(sorted(abstract.items())), frozenset(flatten(stats)), build)
+
+
+def initial_weights(
+    parts: ModelParts, rules: Rules, mesh: Mesh, seed: int, loaded: Mapping[str, np.ndarray]
+) -> tuple[Flat, dict[str, NamedSharding]]:
+    """Weights on the mesh: those loaded as they are, all others from the constructor's own initialisation.
+
+    Returns:
+        Weights and shardings by path.
+    """
+    shardings = shard_params(rules, parts.abstract, mesh)
+    new = [path for path in parts.abstract if path not in loaded]
+
+    def initialise(key: jax.Array) -> Flat:
+        values = flatten(nnx.state(parts.build(key)))
+        return {path: values[path] for path in new}  # XLA drops the work behind the others
+
+    made = jax.jit(initialise, out_shardings={path: shardings[path] for path in new})(jax.random.key(seed))
+    for path, value in loaded.items():
+        made[path] = jax.make_array_from_callback(value.shape, shardings[path], lambda index, v=value: v[index])
+    return {path: made[path] for path in parts.abstract}, shardings
+
+
+def create_state(
+    weights: Flat,
+    shardings: dict[str, NamedSharding],
+    statistics: frozenset[str],
+    is_frozen: Mapping[str, bool],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+) -> TrainState:
+    """A state before the first update. Weights are in place before the optimizer's state is made from them."""
+    params = {p: w for p, w in weights.items() if p not in statistics and not is_frozen[p]}
+    abstract = jax.eval_shape(optimizer.init, params)
+    places = shard_like_params(abstract, params, shardings, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
+    everywhere = replicated(mesh)
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        params=params,
+        frozen={p: w for p, w in weights.items() if p not in statistics and is_frozen[p]},
+        model_state={p: w for p, w in weights.items() if p in statistics},
+        opt_state=opt_state,
+        key=jax.device_put(jax.random.key_data(jax.random.key(seed)), everywhere),
+    )
+
+
+def parameter_table(state: TrainState) -> str:
+    """Count of parameters by part of the model, trained and frozen, and the bytes of the optimizer's state."""
+    rows: dict[str, list[int]] = {}
+    for kind, group in enumerate((state.params, state.frozen)):
+        for path, leaf in group.items():
+            parts = path.split("/")
+            name = "/".join(parts[: 4 if "layer" in parts or "stages" in parts else 2])
+            rows.setdefault(name, [0, 0])[kind] += leaf.size
+    width = max(len(name) for name in rows)
+    lines = [f"{'part':<{width}} {'trained':>13} {'frozen':>13}"]
+    lines += [f"{name:<{width}} {trained:>13,} {frozen:>13,}" for name, (trained, frozen) in sorted(rows.items())]
+    trained, total = parameter_counts(state)
+    lines.append(f"{'all':<{width}} {trained:>13,} {total - trained:>13,}")
+    bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    lines.append(f"optimizer state: {bytes_ / 1e6:,.1f} MB")
+    return "\n".join(lines)
+
+
+def parameter_counts(state: TrainState) -> tuple[int, int]:
+    """(trained, all) parameters; running averages are not parameters."""
+    trained = sum(leaf.size for leaf in state.params.values())
+    return trained, trained + sum(leaf.size for leaf in state.frozen.values())

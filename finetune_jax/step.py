@@ -1,0 +1,116 @@
+"""The train step and the forward step: pure functions of (state, batch), compiled once, before the loop."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from finetune_jax.sharding import batch_sharding, replicated
+from finetune_jax.state import ModelParts, TrainState
+from finetune_jax.tasks import Task
+from finetune_jax.tree import Flat, flatten, unflatten
+
+DeviceBatch = Mapping[str, jax.Array]
+StepSums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def make_train_step(
+    task: Task,
+    parts: ModelParts,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulation: int,
+) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, StepSums]]:
+    """One update: gradients of the loss sum over all micro-batches, divided by the weight of the whole batch.
+
+    Exact for ragged batches: k micro-batches give the gradient of one batch, whatever their weights. (BatchNorm in
+    train mode sees one micro-batch at a time, as its definition has it.)
+    """
+
+    def loss(params: Flat, others: Flat, statistics: Flat, batch: DeviceBatch, key: jax.Array):
+        model = nnx.merge(parts.graphdef, unflatten({**params, **others, **statistics}), copy=True)
+        total, weight = task.loss(task.logits(model, batch, key), batch)
+        return total, (weight, flatten(nnx.state(model, nnx.BatchStat)))
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepSums]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if accumulation == 1:
+            (total, (weight, statistics)), grads = gradient(state.params, state.frozen, state.model_state, batch, key)
+        else:
+
+            def micro(carry: Any, part: Any) -> tuple[Any, None]:
+                total, weight, statistics, grads = carry
+                index, rows = part
+                (new_total, (new_weight, statistics)), new = gradient(
+                    state.params, state.frozen, statistics, rows, jax.random.fold_in(key, index)
+                )
+                return (total + new_total, weight + new_weight, statistics, jax.tree.map(jnp.add, grads, new)), None
+
+            zero = jnp.zeros((), jnp.float32)
+            start = (zero, zero, state.model_state, jax.tree.map(jnp.zeros_like, state.params))
+            rows = {name: _micro_batches(value, accumulation) for name, value in batch.items()}
+            (total, weight, statistics, grads), _ = jax.lax.scan(micro, start, (jnp.arange(accumulation), rows))
+        safe = jnp.maximum(weight, 1e-12)  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
+        grads = jax.tree.map(lambda g: g / safe, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        one = jnp.ones((), jnp.float32)
+        sums = {
+            "loss": (total, weight),
+            "grad_norm": (optax.global_norm(grads), one),
+            "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
+        }
+        new = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),  # pyright: ignore[reportArgumentType]
+            frozen=state.frozen,
+            model_state=statistics,
+            opt_state=opt_state,
+            key=state.key,
+        )
+        return new, sums
+
+    return train_step
+
+
+def _micro_batches(value: jax.Array, count: int) -> jax.Array:
+    """[B, ...] -> [count, B / count, ...], every count-th row together: each device keeps the rows it has."""
+    return value.reshape(value.shape[0] // count, count, *value.shape[1:]).swapaxes(0, 1)
+
+
+def make_forward(task: Task, parts: ModelParts) -> Callable[[Flat, DeviceBatch], tuple[jax.Array, StepSums]]:
+    """(weights, batch) -> (logits, loss sums), without dropout, by the running averages."""
+
+    def forward(weights: Flat, batch: DeviceBatch) -> tuple[jax.Array, StepSums]:
+        model = nnx.merge(parts.graphdef, unflatten(weights), copy=True)
+        logits = task.logits(model, batch, None)
+        return logits, {"loss": task.loss(logits, batch)}
+
+    return forward
+
+
+def shardings_of(tree: Any) -> Any:
+    """Where each array of a tree lies."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def abstract_batch(example: Mapping[str, Any], rows: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch, from one host's share of it."""
+    place = batch_sharding(mesh)
+    return {n: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype, sharding=place) for n, v in example.items()}
+
+
+def compile_train_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> Any:
+    """Ahead of time. The state is donated and comes back where it lay; sums are on every device."""
+    places = shardings_of(state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh))).lower(state, batch).compile()
+
+
+def compile_forward(forward: Any, weights: Flat, batch: Any, mesh: Mesh) -> Any:
+    """Ahead of time. Logits and sums are on every device, so that each host can score the whole split."""
+    return jax.jit(forward, out_shardings=replicated(mesh)).lower(weights, batch).compile()

@@ -1,0 +1,145 @@
+"""What a task is, and the losses several tasks share."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from finetune_jax.data.pipeline import Examples
+from finetune_jax.errors import UserError
+
+Records = Sequence[dict[str, Any]]
+LossSums = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """Turns records into features, batches into logits, logits into a loss, metrics and predictions.
+
+    Loss is a pair of sums (weighted loss, weight), so that it adds up over micro-batches and devices.
+    """
+
+    architecture: ClassVar[str]
+    """HF class name."""
+    model_class: ClassVar[type[nnx.Module]]
+    problem_type: ClassVar[str | None] = None
+    """HF config field."""
+    metric: ClassVar[str]
+    """Decides the best checkpoint unless the config names another."""
+
+    labels: tuple[str, ...] | None
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the logits."""
+        return len(self.labels) if self.labels is not None else 1
+
+    @abc.abstractmethod
+    def examples(self, records: Records, *, train: bool, cache_key: tuple[Any, ...] | None = None) -> Examples:
+        """Features of a split; with a cache key, kept on disk."""
+
+    @abc.abstractmethod
+    def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """Run the model on a batch; a key means training (dropout on, batch statistics)."""
+
+    @abc.abstractmethod
+    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
+        """(sum of weighted losses, sum of weights) over the batch, float32."""
+
+    @abc.abstractmethod
+    def metrics(self, logits: np.ndarray, examples: Any) -> tuple[dict[str, Any], str]:
+        """Exact metrics of a whole split, and a report to print. `logits` has a row a segment or a piece."""
+
+    @abc.abstractmethod
+    def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """One line of a prediction file as a record of this task; `where` names it in errors."""
+
+    @abc.abstractmethod
+    def predictions(self, logits: np.ndarray, examples: Any, records: Records, raw: bool) -> list[dict[str, Any]]:
+        """What `predict` writes for each record; `raw` adds the logits."""
+
+    @abc.abstractmethod
+    def save_inputs(self, folder: Any) -> None:
+        """Write the files that turn raw input into features: a tokenizer, or preprocessor_config.json."""
+
+
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    class_weights: tuple[float, ...] | None = None,
+    smoothing: float = 0.0,
+) -> LossSums:
+    """Sums of softmax cross-entropy as torch.nn.CrossEntropyLoss defines it, with `weight` and `label_smoothing`.
+
+    Args:
+        logits: [..., C]
+        labels: [...], class ids
+        weights: [...], 0 where nothing is to be learned
+        class_weights: One a class; an example counts in the denominator with its true class's.
+        smoothing: Mass moved to all classes evenly (Szegedy et al. 2016, section 7).
+    """
+    num_labels = logits.shape[-1]
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    target = jax.nn.one_hot(labels, num_labels, dtype=jnp.float32) * (1.0 - smoothing) + smoothing / num_labels
+    if class_weights is not None:
+        per_class = jnp.asarray(class_weights, jnp.float32)
+        target = target * per_class.reshape((1,) * labels.ndim + (num_labels,))
+        weight = weights * per_class[labels]
+    else:
+        weight = weights
+    losses = -jnp.sum(target * log_p, axis=-1)
+    return jnp.sum(losses * weights), jnp.sum(weight)
+
+
+def resolve_class_weights(
+    choice: str | Mapping[str, float], labels: tuple[str, ...], counts: np.ndarray
+) -> tuple[float, ...] | None:
+    """The config's `task.class_weights` as one weight a class.
+
+    auto is N / (C n_c), scikit-learn's "balanced"; a class that train does not have gets 1.
+
+    Raises:
+        UserError: Names do not match the labels.
+    """
+    if choice == "none":
+        return None
+    if isinstance(choice, str):
+        present = np.maximum(counts, 1)
+        auto = counts.sum() / ((counts > 0).sum() * present)
+        return tuple(float(w) for w in np.where(counts > 0, auto, 1.0))
+    unknown, missing = sorted(set(choice) - set(labels)), sorted(set(labels) - set(choice))
+    if unknown or missing:
+        raise UserError(f"task.class-weights: unknown {unknown}, missing {missing}; give one weight for each of {list(labels)}")
+    if min(choice.values()) < 0:
+        raise UserError(f"task.class-weights {dict(choice)}: a weight must not be negative")
+    return tuple(float(choice[label]) for label in labels)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, float64 inside."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def class_prediction(labels: Sequence[str], probabilities: np.ndarray) -> dict[str, Any]:
+    """`label`, `score` and `scores` of one example."""
+    best = int(np.argmax(probabilities))
+    scores = {name: float(p) for name, p in zip(labels, probabilities, strict=True)}
+    return {"label": labels[best], "score": float(probabilities[best]), "scores": scores}
+
+
+def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
+    """A field that must be text.
+
+    Raises:
+        UserError: It is missing or not a string.
+    """
+    if not isinstance(row.get(name), str):
+        raise UserError(f"{where}: field {name!r} must be text, fields are {sorted(row)}")
+    return row[name]

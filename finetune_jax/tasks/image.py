@@ -1,0 +1,80 @@
+"""An image to a class: ResNetForImageClassification."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax import metrics
+from finetune_jax.data.image import ImageProcessor
+from finetune_jax.data.pipeline import ImageExamples
+from finetune_jax.data.sources import columns
+from finetune_jax.errors import UserError
+from finetune_jax.models.resnet import ResNetForImageClassification
+from finetune_jax.tasks.base import LossSums, Records, Task, class_prediction, cross_entropy, softmax, text_field
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageClassification(Task):
+    """One of several classes; pixels are normalised on the device, in float32."""
+
+    architecture = "ResNetForImageClassification"
+    model_class = ResNetForImageClassification
+    metric = "accuracy"
+
+    labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
+    processor: ImageProcessor
+    channels: int
+    batch_norm: str = "frozen"
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    augmentation: str = "none"
+    seed: int = 0
+
+    def examples(
+        self, records: Records, *, train: bool, cache_key: tuple[Any, ...] | None = None
+    ) -> ImageExamples:
+        """Images are decoded when they are read; nothing is cached."""
+        augmentation = self.augmentation if train else "none"
+        return ImageExamples(records, self.processor, self.channels, augmentation, self.seed)
+
+    def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """BxC"""
+        pixels = self.processor.normalise(batch["pixels"])
+        update = key is not None and self.batch_norm == "train"
+        return model(pixels, batch["weights"], update_statistics=update)
+
+    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
+        """Cross-entropy over the images."""
+        return cross_entropy(logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing)
+
+    def metrics(self, logits: np.ndarray, examples: ImageExamples) -> tuple[dict[str, Any], str]:
+        """Accuracy (top-1), top-5, precision, recall, F1, Matthews, confusion matrix."""
+        true = np.asarray(columns(examples.records, ["label"])["label"], np.int64)
+        predicted = logits.argmax(-1)
+        figures = metrics.classification(true, predicted, len(self.labels))
+        figures["top_5"] = metrics.top_k(true, logits, 5)
+        return figures, metrics.report(true, predicted, self.labels)
+
+    def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """`image`: a path; it is decoded when its batch is made."""
+        path = Path(text_field(row, "image", where)).expanduser()
+        if not path.is_file():
+            raise UserError(f"{where}: there is no image {path}")
+        return {"image": path}
+
+    def predictions(
+        self, logits: np.ndarray, examples: ImageExamples, records: Records, raw: bool
+    ) -> list[dict[str, Any]]:
+        """`label`, `score`, `scores`."""
+        extra = [{"logits": row.tolist()} if raw else {} for row in logits]
+        return [class_prediction(self.labels, p) | e for p, e in zip(softmax(logits), extra, strict=True)]
+
+    def save_inputs(self, folder: Path) -> None:
+        """preprocessor_config.json"""
+        text = json.dumps(self.processor.to_hf(), indent=2) + "\n"
+        (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,128 @@
+"""Text (or pairs of texts) to a class or to a score: BertForSequenceClassification."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from finetune_jax import metrics
+from finetune_jax.data.sources import columns
+from finetune_jax.data.text import TextFeatures, TextTokenizer, cached, save_tokenizer, sequence_features
+from finetune_jax.models.bert import BertForSequenceClassification
+from finetune_jax.tasks.base import LossSums, Records, Task, class_prediction, cross_entropy, softmax, text_field
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask(Task):
+    """What the tasks on text share: a tokenizer and a length."""
+
+    tokenizer: TextTokenizer
+    max_length: int
+    cache: Path | None
+
+    def save_inputs(self, folder: Path) -> None:
+        """The tokenizer's files."""
+        save_tokenizer(self.tokenizer, folder, self.max_length)
+
+    def _cached(self, key: tuple[Any, ...] | None, make: Any) -> TextFeatures:
+        if key is None or self.cache is None:
+            return make()
+        return cached(self.cache, (type(self).__name__, self.tokenizer.fingerprint, self.max_length, *key), make)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceTask(TextTask):
+    """Features and forward pass of the two sequence tasks."""
+
+    architecture = "BertForSequenceClassification"
+    model_class = BertForSequenceClassification
+
+    def examples(
+        self, records: Records, *, train: bool, cache_key: tuple[Any, ...] | None = None
+    ) -> TextFeatures:
+        """One segment a record."""
+
+        def make() -> TextFeatures:
+            pair = "text_a" in records[0]
+            names = ["text_a", "text_b"] if pair else ["text"]
+            target = next((name for name in ("label", "score") if name in records[0]), None)
+            table = columns(records, [*names, *([target] if target else [])])
+            texts = list(zip(table["text_a"], table["text_b"], strict=True)) if pair else table["text"]
+            return sequence_features(self.tokenizer, texts, table[target] if target else None, self.max_length)
+
+        return self._cached(cache_key, make)
+
+    def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """BxSxC"""
+        return model(
+            batch["input_ids"],
+            batch["token_type_ids"],
+            batch["position_ids"],
+            batch["segment_ids"],
+            batch["first"],
+            dropout_key=key,
+        )
+
+    def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """`text`, or `text_a` and `text_b`."""
+        if "text_a" in row or "text_b" in row:
+            return {name: text_field(row, name, where) for name in ("text_a", "text_b")}
+        return {"text": text_field(row, "text", where)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceClassification(SequenceTask):
+    """One of several classes."""
+
+    problem_type = "single_label_classification"
+    metric = "accuracy"
+
+    labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
+        """Cross-entropy over the segments."""
+        return cross_entropy(logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing)
+
+    def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
+        """Accuracy, precision, recall, F1, Matthews, confusion matrix."""
+        true, predicted = np.asarray(examples.labels), logits.argmax(-1)
+        return metrics.classification(true, predicted, len(self.labels)), metrics.report(true, predicted, self.labels)
+
+    def predictions(
+        self, logits: np.ndarray, examples: TextFeatures, records: Records, raw: bool
+    ) -> list[dict[str, Any]]:
+        """`label`, `score`, `scores`."""
+        extra = [{"logits": row.tolist()} if raw else {} for row in logits]
+        return [class_prediction(self.labels, p) | e for p, e in zip(softmax(logits), extra, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceRegression(SequenceTask):
+    """A score: mean squared error on the one logit."""
+
+    problem_type = "regression"
+    metric = "spearman"
+
+    labels: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
+        """Squared error over the segments."""
+        error = logits[..., 0].astype(jnp.float32) - batch["labels"].astype(jnp.float32)
+        return jnp.sum(error**2 * batch["weights"]), jnp.sum(batch["weights"])
+
+    def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
+        """Pearson, Spearman, mean squared error."""
+        figures = metrics.regression(np.asarray(examples.labels), logits[:, 0])
+        return figures, "".join(f"{name:>10} {value:.4f}\n" for name, value in figures.items())
+
+    def predictions(
+        self, logits: np.ndarray, examples: TextFeatures, records: Records, raw: bool
+    ) -> list[dict[str, Any]]:
+        """`score`."""
+        return [{"score": float(row[0])} | ({"logits": row.tolist()} if raw else {}) for row in logits]

@@ -1,0 +1,114 @@
+"""A tag for each word: BertForTokenClassification. Tags are BIO2; entities are scored strictly."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax import metrics
+from finetune_jax.data.sources import columns
+from finetune_jax.data.text import TextFeatures, token_features
+from finetune_jax.errors import UserError
+from finetune_jax.models.bert import BertForTokenClassification
+from finetune_jax.tasks.base import LossSums, Records, cross_entropy, softmax, text_field
+from finetune_jax.tasks.sequence import TextTask
+
+# A CJK character stands alone; letters and digits hold together over inner hyphens, dots, apostrophes, @ and #.
+WORD = re.compile(r"[㐀-鿿豈-﫿]|[@#]?[^\W㐀-鿿豈-﫿]+(?:[-.'’@:/][^\W㐀-鿿豈-﫿]+)*|[^\w\s]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenClassification(TextTask):
+    """Named entities and their like."""
+
+    architecture = "BertForTokenClassification"
+    model_class = BertForTokenClassification
+    metric = "f1"
+
+    labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    all_pieces: bool = False
+
+    def examples(
+        self, records: Records, *, train: bool, cache_key: tuple[Any, ...] | None = None
+    ) -> TextFeatures:
+        """One segment a window of whole words."""
+
+        def make() -> TextFeatures:
+            names = [name for name in ("tokens", "tags") if name in records[0]]
+            table = columns(records, names)
+            return token_features(
+                self.tokenizer, table["tokens"], table.get("tags"), self.max_length, self._inside() if train else None
+            )
+
+        return self._cached(None if cache_key is None else (*cache_key, train and self.all_pieces), make)
+
+    def _inside(self) -> np.ndarray | None:
+        """Tag of a word's further pieces: B-x goes on as I-x."""
+        if not self.all_pieces:
+            return None
+        ids = {label: index for index, label in enumerate(self.labels)}
+        return np.array([ids.get("I-" + label[2:], ids[label]) if label[:2] == "B-" else ids[label] for label in self.labels])
+
+    def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """BxLxC"""
+        return model(
+            batch["input_ids"], batch["token_type_ids"], batch["position_ids"], batch["segment_ids"], dropout_key=key
+        )
+
+    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
+        """Cross-entropy over labelled pieces: padding and special pieces count nothing."""
+        return cross_entropy(logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing)
+
+    def _by_example(self, flat: np.ndarray, examples: TextFeatures) -> list[np.ndarray]:
+        """Rows of the first pieces, gathered by word, split by example."""
+        by_word = np.zeros((int(examples.word_offsets[-1]), *flat.shape[1:]), flat.dtype)
+        first = examples.words >= 0
+        by_word[examples.words[first]] = flat[first]
+        return np.split(by_word, examples.word_offsets[1:-1])
+
+    def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
+        """Entity precision, recall, F1 (strict), and scikit-learn's report over words."""
+        true = [[self.labels[i] for i in row] for row in self._by_example(np.asarray(examples.labels), examples)]
+        predicted = [[self.labels[i] for i in row] for row in self._by_example(logits.argmax(-1), examples)]
+        figures = metrics.entity_scores(true, predicted)
+        ids = {label: index for index, label in enumerate(self.labels)}
+        flat = [[ids[tag] for row in rows for tag in row] for rows in (true, predicted)]
+        words = metrics.report(flat[0], flat[1], self.labels)
+        return figures, f"entities (strict)\n{metrics.entity_report(figures)}\nwords\n{words}"
+
+    def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """`tokens` (words), or `text`, which is split into words, numbers, punctuation and CJK characters."""
+        if "tokens" not in row:
+            text = text_field(row, "text", where)
+            spans = [(match.start(), match.end()) for match in WORD.finditer(text)]
+            return {"text": text, "tokens": [text[a:b] for a, b in spans], "spans": spans}
+        words = row["tokens"]
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f"{where}: field 'tokens' must be a list of words")
+        ends = np.cumsum([len(word) + 1 for word in words]).tolist()
+        spans = [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
+        return {"text": " ".join(words), "tokens": words, "spans": spans}
+
+    def predictions(
+        self, logits: np.ndarray, examples: TextFeatures, records: Records, raw: bool
+    ) -> list[dict[str, Any]]:
+        """`tokens`, `tags`, and `entities` with offsets into the text (for `tokens`: the words joined by one space)."""
+        out = []
+        for record, rows in zip(records, self._by_example(logits, examples), strict=True):
+            tags = [self.labels[i] for i in rows.argmax(-1)]
+            best = softmax(rows).max(-1) if len(rows) else rows
+            found = []
+            for kind, first, end in metrics.entities(tags):
+                begin, stop = record["spans"][first][0], record["spans"][end - 1][1]
+                score = float(np.mean(best[first:end]))
+                found.append(
+                    {"type": kind, "text": record["text"][begin:stop], "start": begin, "end": stop, "score": score}
+                )
+            extra = {"logits": rows.tolist()} if raw else {}
+            out.append({"tokens": record["tokens"], "tags": tags, "entities": found} | extra)
+        return out

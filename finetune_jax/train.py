@@ -1,0 +1,340 @@
+"""The loop. Read `train` from top to bottom: that is the order in which things happen, and why.
+
+Resume precedence: the run's own checkpoint > Hugging Face weights > random.
+"""
+
+import contextlib
+import dataclasses
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax import metrics
+from finetune_jax.checkpoint import Checkpoints, Progress
+from finetune_jax.config import Config, validate
+from finetune_jax.data.pipeline import Batches, device_batches, padding_share, parts_of, train_shape
+from finetune_jax.data.sources import Source, columns
+from finetune_jax.errors import UserError
+from finetune_jax.evaluate import Evaluation, Forward, evaluate, scalars
+from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source, pretrained_weights
+from finetune_jax.optim import make_optimizer, make_schedule
+from finetune_jax.runfolder import RESULT_FILE, check_same_config, start_run_folder, write_json
+from finetune_jax.state import create_state, initial_weights, parameter_counts, parameter_table
+from finetune_jax.step import abstract_batch, compile_train_step, make_train_step
+from finetune_jax.tasks.base import resolve_class_weights
+from finetune_jax.tree import lookup, matches_any
+from finetune_jax.writers import Writer, say
+
+
+class Stopped(Exception):
+    """Training was asked to stop and has saved; `code` is the exit code."""
+
+    def __init__(self, step: int, code: int) -> None:
+        super().__init__(f"stopped at step {step}; the same command resumes")
+        self.code = code
+
+
+def train(config: Config, workdir: str | os.PathLike[str], *, stop_at: int | None = None) -> dict[str, Any]:
+    """Fine-tune as the config says, or go on with what is in the run folder.
+
+    Args:
+        config: The recipe.
+        workdir: The run folder; made if it is not there.
+        stop_at: Save and stop after this many updates, as a signal at that step would.
+
+    Returns:
+        What result.json holds.
+
+    Raises:
+        UserError: Input that cannot be used.
+        Stopped: By SIGTERM, SIGINT or `stop_at`.
+    """
+    # ----------------------------------------------------------------------------------------------------------------
+    # What is to be done: config, data, task. Nothing is written before all of it is known to be sound.
+    # ----------------------------------------------------------------------------------------------------------------
+    config, run = validate(config), Path(workdir).expanduser()
+    check_same_config(config, run)
+    checkpoint = open_pretrained(config.model)
+    source = open_source(config, checkpoint)
+    if "train" not in source.splits:
+        raise UserError("data.train names no split; there is nothing to train on")
+    job = with_class_weights(job_from_config(config, checkpoint, source), config, source)
+    examples = {
+        split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
+        for split, records in source.splits.items()
+    }
+    parts = parts_of(job.mesh, config.train.accumulation)
+    packing, max_length = config.data.packing, config.data.max_length
+    shape = train_shape(examples["train"], config.train.batch_size, max_length, packing, parts)
+    batches = Batches(examples["train"], shape, config.seed, packing)
+    total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
+    batches.steps = total_steps
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The state on the mesh. Weights are placed before the optimizer's state is made from them.
+    # ----------------------------------------------------------------------------------------------------------------
+    family = FAMILIES[job.family]
+    loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
+    weights, shardings = initial_weights(job.parts, family.SHARDING, job.mesh, config.seed, loaded)
+    is_frozen = matches_any(config.model.freeze, [path for path in weights if path not in job.parts.statistics])
+    trained = [path for path, frozen in is_frozen.items() if not frozen]
+    if not trained:
+        raise UserError(f"model.freeze {list(config.model.freeze)} leaves nothing to train")
+    schedule = make_schedule(config.optim, total_steps)
+    optimizer = make_optimizer(config.optim, schedule, lookup(family.DECAY, trained, "weight-decay rule"))
+    state = create_state(weights, shardings, job.parts.statistics, is_frozen, optimizer, job.mesh, config.seed)
+    del weights, loaded
+    metric = config.evaluation.metric or job.task.metric
+
+    start_run_folder(config, run, job, source)
+    checkpoints = Checkpoints(run, config.checkpoint.keep, metric)
+    progress = Progress()
+    if checkpoints.latest is not None:
+        state, progress = checkpoints.restore(state)
+        note = f"resumed at step {int(state.step)}"
+    step = int(state.step)
+    announce(job, state, note, examples, batches, total_steps)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Compile, once, before the loop.
+    # ----------------------------------------------------------------------------------------------------------------
+    compiling = time.perf_counter()
+    train_step = compile_train_step(
+        make_train_step(job.task, job.parts, optimizer, schedule, config.train.accumulation),
+        state,
+        abstract_batch(batches[0], shape.rows, job.mesh),
+        job.mesh,
+    )
+    forwards = {
+        split: Forward(job, examples[split], config.evaluation.batch_size, max_length, packing, config.data.threads)
+        for split in examples
+        if split != "train"
+    }
+    say_compiled(train_step, time.perf_counter() - compiling)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The loop. Within a step the order is: update, read the previous step's numbers, evaluate, save, stop. The data
+    # position is saved with the state it belongs to, and the best metric is updated before the save that records it.
+    # ----------------------------------------------------------------------------------------------------------------
+    writer = Writer(run, config.train.tensorboard, step, total_steps)
+    meter = Meter(batches, step)
+    last: Evaluation | None = None
+    measured_at = -1
+    pending: tuple[int, Any] | None = None
+    with stop_signals() as stop:
+        for batch in device_batches(batches, job.mesh, step, config.data.threads):
+            state, sums = train_step(state, batch)
+            step += 1
+            progress.next_batch = step
+            if pending is not None:
+                write_train_row(writer, meter, *pending)
+            pending = (step, sums) if step % config.train.log_every == 0 or step == total_steps else None
+            writer.advance(step)
+            evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
+            value = None
+            if evaluating and "validation" in forwards:
+                last = evaluate(forwards["validation"], job, examples["validation"], state.weights)
+                measured_at = step
+                value = metrics.pick(scalars(last.metrics), metric)
+                writer.write("validation", step, last.metrics)
+                writer.say(f"step {step}: validation {metric} {value:.4f}, loss {last.metrics['loss']:.4f}")
+                better = metrics.is_better(metric, value, progress.best_value)
+                progress.stale = 0 if better else progress.stale + 1
+                if better:
+                    progress.best_step, progress.best_value = step, value
+            stopping = bool(stop) or step == stop_at
+            periodic = config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
+            if evaluating or periodic or stopping:
+                checkpoints.save(state, progress, value)
+            if stopping and step < total_steps:
+                break
+            patience = config.train.early_stopping
+            if patience is not None and progress.stale >= patience:
+                writer.say(f"no better {metric} in {patience} evaluations: training ends at step {step}")
+                break
+    if pending is not None:
+        write_train_row(writer, meter, *pending)
+    checkpoints.wait()
+    if (stop or step == stop_at) and step < total_steps:
+        writer.close()
+        checkpoints.close()
+        raise Stopped(step, 128 + (stop[0] if stop else signal.SIGTERM))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The result: the best checkpoint on validation and test.
+    # ----------------------------------------------------------------------------------------------------------------
+    best = progress.best_step or step
+    final = state.weights
+    if best != step:
+        final = checkpoints.restore_weights(jax.tree.map(abstract_leaf, final), best)
+    checkpoints.close()
+    evaluations = {"validation": last} if last is not None and measured_at == best else {}
+    for split, forward in forwards.items():
+        if split not in evaluations:
+            evaluations[split] = evaluate(forward, job, examples[split], final)
+    if "test" in evaluations:
+        writer.write("test", best, evaluations["test"].metrics)
+    writer.close()
+    for split, evaluation in evaluations.items():
+        say(f"{split}, step {best}\n{evaluation.report}")
+    result = {
+        "best_step": best,
+        "steps": step,
+        "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
+        **meter.summary(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "parameters": dict(zip(("trained", "total"), parameter_counts(state), strict=True)),
+    }
+    if jax.process_index() == 0:
+        write_json(run / RESULT_FILE, result)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_boundary(every: int | None, step: int, batches: Batches, total_steps: int) -> bool:
+    """Whether to evaluate after this step: every so many, or at the end of an epoch; and at the very end."""
+    if step == total_steps:
+        return True
+    if every is not None:
+        return step % every == 0
+    return batches.epochs.locate(step)[1] == 0
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT, so that the loop can save first. A second signal ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: signals are not ours to take
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is told
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Examples and real tokens a second, without the time of compiling."""
+
+    def __init__(self, batches: Batches, start: int) -> None:
+        self._batches = batches
+        self._begin = self._since = time.perf_counter()
+        self._counted = start
+        self._examples = self._tokens = 0
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Since the last call."""
+        now = time.perf_counter()
+        examples = tokens = 0
+        for done in range(self._counted, step):
+            segments = self._batches.placement(done).segment
+            examples += len(segments)
+            tokens += self._batches.examples.tokens_of(segments)
+        seconds = max(now - self._since, 1e-9)
+        self._since, self._counted = now, step
+        self._examples, self._tokens = self._examples + examples, self._tokens + tokens
+        rates = {"examples_per_second": examples / seconds}
+        return rates | ({"real_tokens_per_second": tokens / seconds} if tokens else {})
+
+    def summary(self) -> dict[str, float]:
+        """Over the whole of this process's training, evaluations and saves included."""
+        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        rate = "real_tokens_per_second" if self._tokens else "images_per_second"
+        return {"train_seconds": seconds, rate: (self._tokens or self._examples) / seconds}
+
+
+def write_train_row(writer: Writer, meter: Meter, step: int, sums: Any) -> None:
+    """The numbers of one step, read when the next one is already on its way."""
+    values = metrics.means(jax.device_get(sums)) | meter.rates(step)
+    writer.write("train", step, {"epoch": meter._batches.epochs.locate(step - 1)[0], **values})
+    rate = values.get("real_tokens_per_second", 0.0)
+    shown = {"tokens/s": rate} if rate else {}
+    writer.advance(step, loss=values["loss"], **{"examples/s": values["examples_per_second"]}, **shown)
+
+
+def announce(job: Job, state: Any, note: str, examples: dict[str, Any], batches: Batches, total_steps: int) -> None:
+    """What is about to be trained, on what."""
+    say(f"{job.task.architecture}: {note}")
+    say(parameter_table(state))
+    devices = jax.devices()
+    say(f"mesh {dict(job.mesh.shape)} on {len(devices)} {devices[0].device_kind} device(s)")
+    shape = batches.shape
+    text = f"{len(examples['train'])} training segments, {total_steps} updates of {shape.rows} rows"
+    if batches.examples.lengths is not None:
+        text += f" x {shape.length} pieces, {100 * padding_share(batches):.1f} % padding"
+    say(text)
+    for split, features in examples.items():
+        cut = int(getattr(features, "cut", 0))
+        if cut:
+            how = "split into windows" if job.task.architecture.endswith("TokenClassification") else "truncated"
+            say(f"{split}: {cut} of {len(features)} examples are over data.max-length and were {how}")
+
+
+def say_compiled(compiled: Any, seconds: float) -> None:
+    """Time and memory of the compiled step."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        say(f"train step compiled in {seconds:.1f} s")
+        return
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    say(
+        f"train step compiled in {seconds:.1f} s; {peak / 1e6:,.0f} MB a device, of which"
+        f" {memory.temp_size_in_bytes / 1e6:,.0f} MB temporary, {memory.alias_size_in_bytes / 1e6:,.0f} MB updated in place"
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Of the fullest device where the backend tells, else of this process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        return int(max(peaks))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def with_class_weights(job: Job, config: Config, source: Source) -> Job:
+    """The job with the config's class weights, counted on the training split."""
+    if source.labels is None or config.task.class_weights == "none":
+        return job
+    name = "tags" if job.task.architecture.endswith("TokenClassification") else "label"
+    values = columns(source.splits["train"], [name])[name]
+    flat = np.concatenate([np.asarray(v, np.int64).reshape(-1) for v in values])
+    counts = np.bincount(flat, minlength=len(source.labels))
+    weights = resolve_class_weights(config.task.class_weights, source.labels, counts)
+    return dataclasses.replace(job, task=dataclasses.replace(job.task, class_weights=weights))  # pyright: ignore
+
+
+def abstract_leaf(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and place of an array."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

