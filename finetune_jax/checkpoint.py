@@ -5,15 +5,14 @@ A step has three items: `weights` (all that a model is merged from), `training` 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from finetune_jax.errors import UserError
-from finetune_jax.metrics import LARGER_IS_BETTER
 from finetune_jax.state import TrainState
 from finetune_jax.tree import Flat
 
@@ -32,27 +31,31 @@ class Progress:
     """Evaluations in a row without a better value."""
 
 
+class KeepNewestAndBest:
+    """Which steps stay on disk: the newest `keep`, and the best so far (`best`, set before each save)."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """For each checkpoint, oldest first (Orbax's PreservationPolicy)."""
+        newest = len(checkpoints) - self.keep
+        return [index >= newest or info.step == self.best for index, info in enumerate(checkpoints)]
+
+
 class Checkpoints:
     """The checkpoints of a run folder."""
 
-    def __init__(self, run: Path, keep: int = 1, metric: str = "loss") -> None:
+    def __init__(self, run: Path, keep: int = 1) -> None:
         """
         Args:
             run: The run folder.
-            keep: How many of the newest stay; the best by `metric` stays besides.
-            metric: Its name, for the direction.
+            keep: How many of the newest stay; the best one stays besides.
         """
-        self._metric = metric
-        latest = policies.LatestN(keep)
-        best = policies.BestN(
-            get_metric_fn=lambda saved: saved[metric],
-            reverse=not LARGER_IS_BETTER.get(metric, True),
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        self._policy = KeepNewestAndBest(keep)
         self._manager = ocp.CheckpointManager(
-            (run / DIRECTORY).absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy([latest, best])),
+            (run / DIRECTORY).absolute(), options=ocp.CheckpointManagerOptions(preservation_policy=self._policy)
         )
 
     @property
@@ -60,14 +63,15 @@ class Checkpoints:
         """The newest step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, progress: Progress, value: float | None) -> None:
-        """Start saving; returns once the arrays are copied. `value` is the deciding metric at this step, if measured.
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Start saving; returns once the arrays are copied.
 
         A step that is saved already stays as it is: the same step has the same state.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._policy.best = progress.best_step
         training = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
         self._manager.save(
             step,
@@ -76,7 +80,6 @@ class Checkpoints:
                 training=ocp.args.StandardSave(training),
                 meta=ocp.args.JsonSave(dataclasses.asdict(progress)),
             ),
-            metrics=None if value is None else {self._metric: value},
         )
 
     def restore(self, state: TrainState) -> tuple[TrainState, Progress]:

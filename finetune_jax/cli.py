@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -137,7 +136,6 @@ COMMANDS = {"train": Train, "evaluate": Evaluate, "predict": Predict, "export": 
 def main(argv: list[str] | None = None) -> None:
     """Exit code 0; 2 with one line on stderr for a user's mistake; 143 or 130 after a signal, when all is saved."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         code = parse(argv)()

@@ -97,7 +97,10 @@ def predict(
 
 
 class Records(list[dict[str, Any]]):
-    """A list that reads several records at once, as the data sources do."""
+    """A list that is read as a split of a data source is."""
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]
+
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        return {name: [record[name] for record in self] for name in names}

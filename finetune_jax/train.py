@@ -95,7 +95,7 @@ def train(config: Config, workdir: str | os.PathLike[str], *, stop_at: int | Non
     metric = config.evaluation.metric or job.task.metric
 
     start_run_folder(config, run, job, source)
-    checkpoints = Checkpoints(run, config.checkpoint.keep, metric)
+    checkpoints = Checkpoints(run, config.checkpoint.keep)
     progress = Progress()
     if checkpoints.latest is not None:
         state, progress = checkpoints.restore(state)
@@ -139,7 +139,6 @@ def train(config: Config, workdir: str | os.PathLike[str], *, stop_at: int | Non
             pending = (step, sums) if step % config.train.log_every == 0 or step == total_steps else None
             writer.advance(step)
             evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
-            value = None
             if evaluating and "validation" in forwards:
                 last = evaluate(forwards["validation"], job, examples["validation"], state.weights)
                 measured_at = step
@@ -153,7 +152,7 @@ def train(config: Config, workdir: str | os.PathLike[str], *, stop_at: int | Non
             stopping = bool(stop) or step == stop_at
             periodic = config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
             if evaluating or periodic or stopping:
-                checkpoints.save(state, progress, value)
+                checkpoints.save(state, progress)
             if stopping and step < total_steps:
                 break
             patience = config.train.early_stopping

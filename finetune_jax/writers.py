@@ -7,6 +7,7 @@ TensorFlow is imported here only, because CLU writes event files with it, after 
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ class Writer:
 def say(text: str) -> None:
     """A line for the person at the terminal (stderr: stdout is for results), from the first host only."""
     if jax.process_index() == 0:
-        tqdm.write(text, file=__import__("sys").stderr)
+        tqdm.write(text, file=sys.stderr)
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -95,6 +96,7 @@ def _forget_after(path: Path, step: int) -> None:
 
 def _clu_writer(run: Path) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it computes nothing here, but would announce itself
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow's own deprecations are not the user's
         import tensorflow as tf

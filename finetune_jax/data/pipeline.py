@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from finetune_jax.data.image import ImageProcessor, augment, read_image, to_channels
+from finetune_jax.data.builders.decode import read_image
+from finetune_jax.data.image import ImageProcessor, augment, to_channels
 from finetune_jax.data.packing import Epochs, Placement, RowShape, packed_shape
 from finetune_jax.data.text import TextFeatures
 from finetune_jax.errors import UserError

@@ -5,6 +5,7 @@ Nothing here executes or unpickles what it reads: JSON of bounded size, and safe
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -225,3 +226,10 @@ def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes `model.safetensors` as transformers wants it (it refuses a file that does not say its format)."""
     contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Indented JSON, replaced at once: a kill leaves the old file or the new one."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)

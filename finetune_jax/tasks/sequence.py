@@ -109,7 +109,7 @@ class SequenceRegression(SequenceTask):
     problem_type = "regression"
     metric = "spearman"
 
-    labels: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    labels: None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
         """Squared error over the segments."""

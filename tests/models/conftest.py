@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -28,17 +29,43 @@ class Port:
         return export_tensors(self.family, flat)
 
 
+def abstract(cls, config, num_labels, **arguments):
+    """(structure, shapes of parameters, shapes of statistics), without initialising anything."""
+    model = nnx.eval_shape(lambda: cls(config, num_labels, rngs=nnx.Rngs(0), **arguments))
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, tree.flatten(params), tree.flatten(stats)
+
+
+def noise(shapes):
+    rng = np.random.default_rng(0)
+    return {path: rng.normal(0, 0.2, leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
+
+
 def load(folder, cls, num_labels, **arguments) -> Port:
     checkpoint = open_checkpoint(str(folder))
     config = parse_config(checkpoint.family, checkpoint.hf_config, "test")
-    model = cls(config, num_labels, rngs=nnx.Rngs(0), **arguments)
-    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    params, stats = tree.flatten(params), tree.flatten(stats)
+    graphdef, params, stats = abstract(cls, config, num_labels, **arguments)
     loaded = load_params(checkpoint, {**params, **stats}, replace_head=False)
-    params = {path: loaded.params.get(path, params[path]) for path in params}
+    filled = {**noise(params), **loaded.params}
     return Port(
-        checkpoint.family, graphdef, params, {path: loaded.params[path] for path in stats}, loaded.new
+        checkpoint.family,
+        graphdef,
+        {path: filled[path] for path in params},
+        {path: filled[path] for path in stats},
+        loaded.new,
     )
+
+
+@pytest.fixture(scope="session")
+def random_port():
+    """(our class, config, number of labels, ...) -> Port with random parameters."""
+
+    def make(cls, config, num_labels, **arguments):
+        graphdef, params, stats = abstract(cls, config, num_labels, **arguments)
+        variances = {path: abs(value) for path, value in noise(stats).items()}
+        return Port("", graphdef, noise(params), variances, ())
+
+    return make
 
 
 @pytest.fixture

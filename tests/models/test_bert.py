@@ -24,7 +24,7 @@ HEADS = {
 TINY = dict(
     vocab_size=60,
     hidden_size=24,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=3,
     intermediate_size=40,
     max_position_embeddings=16,
@@ -90,19 +90,27 @@ def assert_same(port, oracle, ids, type_ids, mask):
     return theirs_by_key
 
 
-@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
-    "fields",
+    ("head", "fields"),
     [
-        pytest.param({}, id="gelu"),
-        pytest.param({"hidden_act": "gelu_new", "layer_norm_eps": 0.1}, id="gelu_new, large epsilon"),
+        pytest.param("sequence", {"num_hidden_layers": 2}, id="sequence, gelu, two layers"),
+        pytest.param("token", {}, id="token, gelu"),
         pytest.param(
-            {"hidden_act": "relu", "type_vocab_size": 1, "pad_token_id": 7}, id="relu, one type, other pad"
+            "sequence", {"hidden_act": "gelu_new", "layer_norm_eps": 0.1}, id="gelu_new, large epsilon"
         ),
         pytest.param(
-            {"hidden_act": "silu", "type_vocab_size": 3, "num_attention_heads": 1}, id="silu, one head"
+            "token",
+            {"hidden_act": "relu", "type_vocab_size": 1, "pad_token_id": 7},
+            id="relu, one type, pad 7",
         ),
-        pytest.param({"pad_token_id": None, "classifier_dropout": 0.5}, id="no pad, classifier_dropout"),
+        pytest.param(
+            "sequence",
+            {"hidden_act": "silu", "type_vocab_size": 3, "num_attention_heads": 1},
+            id="silu, one head",
+        ),
+        pytest.param(
+            "token", {"pad_token_id": None, "classifier_dropout": 0.5}, id="no pad, classifier_dropout"
+        ),
     ],
 )
 def test_matches_transformers(head, fields, port):
@@ -116,13 +124,14 @@ def test_matches_transformers(head, fields, port):
 
 @pytest.mark.parametrize("name", sorted(bert.ACTIVATIONS))
 def test_every_activation_is_defined_as_in_transformers(name):
-    x = np.linspace(-6, 6, 97, dtype=np.float32)
-    tensor = torch.from_numpy(x).requires_grad_()
-    expected = transformers.activations.ACT2FN[name](tensor)
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64, requires_grad=True)
+    expected = transformers.activations.ACT2FN[name](x)
     expected.sum().backward()
-    value, gradient = jax.vmap(jax.value_and_grad(bert.ACTIVATIONS[name]))(jnp.asarray(x))
-    np.testing.assert_allclose(value, expected.detach().numpy(), atol=2e-6, rtol=0)
-    np.testing.assert_allclose(gradient, tensor.grad.numpy(), atol=2e-6, rtol=0)
+    with jax.enable_x64(True):  # a definition, so that rounding hides nothing
+        value, pull = jax.vjp(bert.ACTIVATIONS[name], jnp.asarray(x.detach().numpy()))
+        (gradient,) = pull(jnp.ones(97, jnp.float64))
+    np.testing.assert_allclose(value, expected.detach().numpy(), atol=1e-9, rtol=0)
+    np.testing.assert_allclose(gradient, x.grad.numpy(), atol=1e-9, rtol=0)
 
 
 @pytest.mark.skipif(
@@ -143,96 +152,96 @@ def test_real_weights_match_transformers(port_folder):
     assert_same(port, oracle, *batch(30522, 2, rows=2, length=24))
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_packed_rows_equal_single_examples(head):
-    model = HEADS[head][1](BertConfig(**TINY), 3, rngs=nnx.Rngs(0))
+def pack(lengths, width, segments):
+    """Word pieces, types, positions, segment ids, firsts of rows that hold examples of these lengths, and their spans."""
     rng = np.random.default_rng(0)
-    lengths = [[4, 6, 3], [5, 9], []]  # the last row is padding only
-    width, segments = 15, 3
-    ids, types, positions, segment_ids = np.zeros((4, 3, width), np.int32)
-    first = np.zeros((3, segments), np.int32)
-    examples = {}
+    ids, types, positions, segment_ids = np.zeros((4, len(lengths), width), np.int32)
+    first, spans = np.zeros((len(lengths), segments), np.int32), {}
     for row, row_lengths in enumerate(lengths):
         start = 0
         for segment, length in enumerate(row_lengths):
-            span = slice(start, start + length)
-            ids[row, span] = rng.integers(1, 60, length)
+            span = spans[row, segment] = slice(start, start + length)
+            ids[row, span] = rng.integers(1, TINY["vocab_size"], length)
             types[row, span] = np.arange(length) > length // 2
             positions[row, span] = np.arange(length)
             segment_ids[row, span] = segment + 1
             first[row, segment] = start
-            examples[row, segment] = span
             start += length
+    return (ids, types, positions, segment_ids, first), spans
 
-    def run(*inputs):
-        if head == "token":
-            return model(*map(jnp.asarray, inputs[:4]))
-        return model(*map(jnp.asarray, inputs))
 
-    packed = run(ids, types, positions, segment_ids, first)
+@pytest.mark.parametrize("head", HEADS)
+def test_packed_rows_equal_single_examples(head, random_port):
+    inputs, spans = pack([[4, 6, 4], [4, 6], []], width=15, segments=3)  # the last row is padding only
+    model = random_port(HEADS[head][1], BertConfig(**TINY), 3).model()
+    run = jax.jit(lambda *inputs: model(*inputs[: 5 if head == "sequence" else 4]))
+    packed = run(*inputs)
     assert np.isfinite(packed).all()
-    for (row, segment), span in examples.items():
-        alone = run(
-            *(x[row : row + 1, span] for x in (ids, types, positions)),
-            np.ones((1, span.stop - span.start), np.int32),
-            np.zeros((1, 1), np.int32),
-        )
-        together = packed[row, span] if head == "token" else packed[row, segment]
-        np.testing.assert_allclose(
-            together, alone[0] if head == "token" else alone[0, 0], atol=TOLERANCE, rtol=0
-        )
+    for (row, segment), span in spans.items():
+        ids, types, positions = (x[row : row + 1, span] for x in inputs[:3])
+        alone = run(ids, types, positions, np.ones_like(ids), np.zeros((1, 1), np.int32))[0]
+        if head == "token":
+            np.testing.assert_allclose(packed[row, span], alone, atol=TOLERANCE, rtol=0)
+        else:
+            np.testing.assert_allclose(packed[row, segment], alone[0], atol=TOLERANCE, rtol=0)
 
 
-def test_padding_only_gives_finite_gradients():
-    graphdef, state = nnx.split(BertForSequenceClassification(BertConfig(**TINY), 2, rngs=nnx.Rngs(0)))
+def test_padding_only_gives_finite_gradients(random_port):
+    port = random_port(BertForSequenceClassification, BertConfig(**TINY), 2)
     zeros = np.zeros((2, 5), np.int64)
-    flat = tree.flatten(state)
-    gradients = jax.grad(
-        lambda flat: jnp.sum(ours(nnx.merge(graphdef, tree.unflatten(flat)), zeros, zeros, zeros))
-    )(flat)
+    gradients = jax.jit(jax.grad(lambda params: jnp.sum(ours(port.model(params), zeros, zeros, zeros))))(
+        port.params
+    )
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())
 
 
 def fake_keep(shape, rate):
     """A dropout mask that is a function of the position only, so that both sides can have the same."""
-    return (np.arange(np.prod(shape)) * 7919 % 1000 >= 1000 * rate).reshape(shape) / (1 - rate)
+    return ((np.arange(np.prod(shape)) * 7919 % 1000 >= 1000 * rate).reshape(shape) / (1 - rate)).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_dropout_is_where_transformers_has_it(head, port, monkeypatch):
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.3, "classifier_dropout": 0.4}
     theirs_cls, ours_cls = HEADS[head]
-    oracle = hf_model(theirs_cls, 3, **rates).train()
+    oracle = hf_model(theirs_cls, 3, **rates, num_hidden_layers=2).train()
+    ported = port(oracle, ours_cls, 3)
     ids, type_ids, mask = batch(60, 2)
     mask[:] = 1
     keys = []
 
     def ours_dropout(x, rate, key):
-        keys.append(jax.random.key_data(key).tobytes())
-        return x * fake_keep(x.shape, rate).astype(np.float32)
+        keys.append(jax.random.key_data(key))
+        return x * fake_keep(x.shape, rate)
 
     def theirs_dropout(x, p=0.5, training=True, inplace=False):
-        return x * torch.from_numpy(fake_keep(tuple(x.shape), p).astype(np.float32)) if training else x
+        return x * torch.from_numpy(fake_keep(tuple(x.shape), p)) if training else x
 
     monkeypatch.setattr(bert, "dropout", ours_dropout)
     monkeypatch.setattr(torch.nn.functional, "dropout", theirs_dropout)
-    logits = ours(port(oracle, ours_cls, 3).model(), ids, type_ids, mask, jax.random.key(0))
+    run = jax.jit(
+        lambda params: (ours(ported.model(params), ids, type_ids, mask, jax.random.key(0)), list(keys))
+    )
+    logits, used = run(ported.params)
     expected = theirs(oracle, ids, type_ids, mask).detach().numpy()
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
-    assert np.abs(expected - theirs(oracle.eval(), ids, type_ids, mask).detach().numpy()).max() > 0.01
-    assert len(keys) == 1 + 2 * 3 + 1
-    assert len(set(keys)) == len(keys), "two sites share a key"
+    without = theirs(oracle.eval(), ids, type_ids, mask).detach().numpy()
+    assert np.abs(expected - without).max() > 0.01
+    assert len(used) == 1 + 2 * 3 + 1
+    assert len({np.asarray(key).tobytes() for key in used}) == len(used), "two sites share a key"
 
 
-def test_dropout_key_decides_and_none_is_deterministic():
-    model = BertForSequenceClassification(BertConfig(**TINY), 2, rngs=nnx.Rngs(0))
+def test_dropout_key_decides_and_none_is_deterministic(random_port):
+    model = random_port(BertForSequenceClassification, BertConfig(**TINY), 2).model()
     inputs = batch(60, 2)
-    plain = ours(model, *inputs)
-    np.testing.assert_array_equal(plain, ours(model, *inputs))
-    noisy = ours(model, *inputs, jax.random.key(1))
-    np.testing.assert_array_equal(noisy, ours(model, *inputs, jax.random.key(1)))
-    assert np.abs(noisy - plain).max() > 1e-3
-    assert np.abs(noisy - ours(model, *inputs, jax.random.key(2))).max() > 1e-3
+    noisy = jax.jit(lambda key: ours(model, *inputs, key))
+    plain = jax.jit(lambda: ours(model, *inputs))()
+    first, second = noisy(jax.random.key(1)), noisy(jax.random.key(2))
+    np.testing.assert_array_equal(first, noisy(jax.random.key(1)))
+    assert np.abs(first - plain).max() > 1e-3
+    assert np.abs(first - second).max() > 1e-3
 
 
 def test_bfloat16_is_close_and_parameters_stay_float32(port):
@@ -244,18 +253,19 @@ def test_bfloat16_is_close_and_parameters_stay_float32(port):
         logits = ours(half.model(params), *inputs)
         return jnp.sum(logits), logits
 
-    gradients, logits = jax.grad(loss, has_aux=True)(half.params)
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(half.params)
     expected = theirs(oracle, *inputs).detach().numpy()
     error = np.abs(logits - expected).max()
-    assert 1e-5 < error < 0.05 * np.abs(expected).max(), "bfloat16 is not computed, or not well"
+    assert 1e-4 < error < 0.05 * np.abs(expected).max(), "bfloat16 is not computed, or not well"
     assert logits.dtype == jnp.float32
     assert {value.dtype for value in gradients.values()} == {np.dtype("float32")}
 
 
 def test_initialisation_is_transformers():
     config = BertConfig(**{**TINY, "hidden_size": 96, "vocab_size": 500})
-    flat = tree.flatten(nnx.state(BertForSequenceClassification(config, 2, rngs=nnx.Rngs(0))))
-    words = np.asarray(flat["bert/embeddings/word_embeddings/embedding"])
+    init = jax.jit(lambda: nnx.state(BertForSequenceClassification(config, 2, rngs=nnx.Rngs(0))))
+    flat = {path: np.asarray(value) for path, value in tree.flatten(init()).items()}
+    words = flat["bert/embeddings/word_embeddings/embedding"]
     assert np.all(words[0] == 0)
     assert np.std(words[1:]) == pytest.approx(0.2, rel=0.02)
     for path, value in flat.items():
@@ -265,50 +275,45 @@ def test_initialisation_is_transformers():
             assert np.all(value == 0), path
         elif path.endswith("scale"):
             assert np.all(value == 1), path
-    kernels = [np.asarray(flat[path]).tobytes() for path in flat if path.endswith("kernel")]
-    assert len(set(kernels)) == len(kernels), "two kernels share a key"
+    starts = [value.ravel()[:8].tobytes() for path, value in flat.items() if path.endswith("kernel")]
+    assert len(set(starts)) == len(starts), "two kernels share a key"
 
 
-def test_a_word_beyond_the_vocabulary_is_noticed():
-    model = BertForTokenClassification(BertConfig(**TINY), 2, rngs=nnx.Rngs(0))
+def test_a_word_beyond_the_vocabulary_is_noticed(random_port):
+    model = random_port(BertForTokenClassification, BertConfig(**TINY), 2).model()
     ids, type_ids, mask = batch(60, 2)
     ids[0, 0] = 60
-    assert np.isnan(ours(model, ids, type_ids, mask)[0]).all()
+    assert np.isnan(jax.jit(lambda: ours(model, ids, type_ids, mask))()[0]).all()
 
 
 @pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForTokenClassification])
-def test_tables_cover_every_parameter(cls):
-    flat = tree.flatten(nnx.state(nnx.eval_shape(lambda: cls(BertConfig(**TINY), 2, rngs=nnx.Rngs(0)))))
+def test_tables_cover_every_parameter(cls, random_port):
+    flat = random_port(cls, BertConfig(**TINY), 2).params
     axes = tree.lookup(bert.SHARDING, flat, "sharding rule")
     for path, leaf in flat.items():
-        assert len(axes[path]) in (0, len(leaf.shape)), path
+        assert len(axes[path]) in (0, leaf.ndim), path
     assert axes["bert/encoder/layer/0/attention/self/query/kernel"] == ("fsdp", "tensor")
     assert axes["bert/encoder/layer/0/attention/output/dense/kernel"] == ("tensor", "fsdp")
     assert axes["bert/encoder/layer/0/output/dense/bias"] == ()
     decay = tree.lookup(bert.DECAY, flat, "weight decay")
     assert {path for path in flat if decay[path]} == {p for p in flat if p.endswith(("kernel", "embedding"))}
-    assert {path for path in flat if re.fullmatch(bert.HEAD, path)} == {
-        "classifier/kernel",
-        "classifier/bias",
-    }
+    assert {p for p in flat if re.fullmatch(bert.HEAD, p)} == {"classifier/kernel", "classifier/bias"}
 
 
-def test_rows_over_a_mesh_are_not_gathered():
+def test_rows_over_a_mesh_are_not_gathered(random_port):
+    port = random_port(BertForSequenceClassification, BertConfig(**TINY), 2)
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    graphdef, state = nnx.split(
-        BertForSequenceClassification(BertConfig(**{**TINY, "num_hidden_layers": 1}), 2, rngs=nnx.Rngs(0))
-    )
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     ids, type_ids, mask = batch(60, 2, rows=8)
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    inputs = [jnp.asarray(x, jnp.int32) for x in (ids, type_ids, positions, mask, np.zeros((8, 2)))]
-    flat = tree.flatten(state)
+    inputs = [np.asarray(x, np.int32) for x in (ids, type_ids, positions, mask, np.zeros((8, 2)))]
 
-    def gradients(flat, *inputs):
-        return jax.grad(lambda flat: jnp.sum(nnx.merge(graphdef, tree.unflatten(flat))(*inputs)))(flat)
+    def gradients(params, *inputs):
+        return jax.grad(lambda params: jnp.mean(port.model(params)(*inputs)))(params)
 
-    step = jax.jit(gradients, in_shardings=(everywhere, *[rows] * 5), out_shardings=everywhere)
-    assert "all-gather" not in step.lower(flat, *inputs).compile().as_text()
-    alone = gradients(flat, *inputs)
-    for path, gradient in step(flat, *inputs).items():
-        np.testing.assert_allclose(gradient, alone[path], atol=TOLERANCE, rtol=TOLERANCE, err_msg=path)
+    split = jax.jit(gradients, in_shardings=(everywhere, *[rows] * 5), out_shardings=everywhere)
+    compiled = split.lower(port.params, *inputs).compile()
+    assert "all-gather" not in compiled.as_text()
+    whole = jax.jit(gradients)(port.params, *inputs)
+    for path, gradient in compiled(port.params, *inputs).items():
+        np.testing.assert_allclose(gradient, whole[path], atol=TOLERANCE, rtol=0, err_msg=path)

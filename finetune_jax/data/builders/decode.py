@@ -1,6 +1,7 @@
 """Encoded images to uint8 arrays and back."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -40,7 +41,9 @@ def check_image(data: bytes, place: str) -> None:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and its own
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{place}: not a readable JPEG or PNG image ({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"{place}: not a readable JPEG or PNG image ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -49,3 +52,17 @@ def encode_png(image: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(flat).save(out, "PNG", compress_level=1)
     return out.getvalue()
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as `decode_image` gives it.
+
+    Raises:
+        UserError: Naming the file that is missing or no image.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    check_image(data, str(path))
+    return decode_image(data)

@@ -1,6 +1,7 @@
 """The two data sets that come with the package, no download needed."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def read_digits() -> RawSource:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey: train 1,257, validation 180, test 360, stratified."""
     from sklearn.datasets import load_digits  # takes a second, and only preparation needs it
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     labels = digits.target
     # RandomState's stream is frozen by NumPy's compatibility policy: the split is the same for ever.
@@ -59,7 +60,9 @@ def read_support_desk(name: str, task: TaskName) -> RawSource:
     mapping = {"sequence_classification": {"label": "intent"}, "token_classification": {}}
     if task not in mapping:
         raise UserError(f"support_desk serves sequence_classification and token_classification, not {task}")
-    tables = {split: _of_language(read_table(file, "jsonl"), name) for split, file in support_desk_files().items()}
+    tables = {
+        split: _of_language(read_table(file, "jsonl"), name) for split, file in support_desk_files().items()
+    }
     return source_of_tables(tables, task, mapping[task])
 
 

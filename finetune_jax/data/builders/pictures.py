@@ -27,13 +27,17 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
     """
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UserError(f"{folder}: has no class folders; images lie in {folder.name}/<class>/*.jpg, .jpeg or .png")
+        raise UserError(
+            f"{folder}: has no class folders; images lie in {folder.name}/<class>/*.jpg, .jpeg or .png"
+        )
     found = {}
     for entry in classes:
         files = sorted(file for file in entry.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
         found[entry.name] = [file for file in files if not file.name.startswith(".")]
         if not found[entry.name]:
-            raise UserError(f"{entry}: class folder without images (.jpg, .jpeg, .png); add some or remove it")
+            raise UserError(
+                f"{entry}: class folder without images (.jpg, .jpeg, .png); add some or remove it"
+            )
     return found
 
 
@@ -95,9 +99,12 @@ def npz_parts(file: Path) -> tuple[str, ...] | None:
 
 def _open_npz(file: Path) -> Any:
     try:
-        return np.load(file, allow_pickle=False)
-    except Exception as error:  # zipfile, OSError, ValueError
+        arrays = np.load(file, allow_pickle=False)
+    except Exception as error:  # zipfile.BadZipFile, OSError, ValueError
         raise UserError(f"{file.name}: not a readable npz file ({type(error).__name__})") from error
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise UserError(f"{file.name}: holds one bare array; save it with numpy.savez(image=..., label=...)")
+    return arrays
 
 
 def _array(arrays: Any, key: str, file: Path) -> np.ndarray:
@@ -113,7 +120,9 @@ def _split_keys(arrays: Any, part: str, file: Path) -> dict[str, str]:
     """Array -> its key in the file for the split `part`."""
     for kind in ("image", "jpeg"):
         if f"{part}_{kind}" in arrays.files:
-            return {name: f"{part}_{name}" for name in (kind, "label", *(["offset"] if kind == "jpeg" else []))}
+            return {
+                name: f"{part}_{name}" for name in (kind, "label", *(["offset"] if kind == "jpeg" else []))
+            }
     kind = "jpeg" if "jpeg" in arrays.files else "image"
     keys = {name: name for name in (kind, "label", *(["offset"] if kind == "jpeg" else []))}
     if f"{part}_index" in arrays.files:
@@ -134,7 +143,9 @@ def _npz_split(arrays: Any, keys: dict[str, str], names: tuple[str, ...] | None,
     labels = _array(arrays, keys["label"], file)
     total = len(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(f"{file.name}: {keys['label']!r} must hold one whole number an image, not {labels.dtype}")
+        raise UserError(
+            f"{file.name}: {keys['label']!r} must hold one whole number an image, not {labels.dtype}"
+        )
     index = _array(arrays, keys["index"], file) if "index" in keys else np.arange(total)
     if index.ndim != 1 or index.dtype.kind not in "iu" or ((index < 0) | (index >= total)).any():
         raise UserError(f"{file.name}: {keys['index']!r} must hold whole numbers from 0 to {total - 1}")
@@ -148,7 +159,10 @@ def _npz_split(arrays: Any, keys: dict[str, str], names: tuple[str, ...] | None,
         return str(int(labels[i])) if names is None else names[int(labels[i])]
 
     values, first = np.unique(labels[index], return_index=True)
-    seen = {label_of(int(index[i])): f"{file.name} image {int(index[i])}" for _, i in zip(values, first, strict=True)}
+    seen = {
+        label_of(int(index[i])): f"{file.name} image {int(index[i])}"
+        for _, i in zip(values, first, strict=True)
+    }
     if "jpeg" in keys:
         examples = _jpeg_examples(arrays, keys, file, index, label_of)
     else:
@@ -179,7 +193,9 @@ def _jpeg_examples(
     data, offset = _array(arrays, keys["jpeg"], file), _array(arrays, keys["offset"], file)
     total = len(_array(arrays, keys["label"], file))
     if data.ndim != 1 or data.dtype != np.uint8:
-        raise UserError(f"{file.name}: {keys['jpeg']!r} must be one row of uint8, not {data.dtype} {data.shape}")
+        raise UserError(
+            f"{file.name}: {keys['jpeg']!r} must be one row of uint8, not {data.dtype} {data.shape}"
+        )
     ends_fit = offset.ndim == 1 and offset.dtype.kind in "iu" and len(offset) == total + 1
     if not ends_fit or offset[0] < 0 or offset[-1] > len(data) or (offset[1:] < offset[:-1]).any():
         raise UserError(
@@ -198,6 +214,8 @@ def _jpeg_examples(
 def _in_threads(function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
     """Ordered map in threads (Pillow decodes without the GIL), a bounded number ahead."""
     remaining = iter(items)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(islice(remaining, 256)):
-            yield from pool.map(function, batch)
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        while groups := [group for _ in range(2 * threads) if (group := list(islice(remaining, 32)))]:
+            for done in pool.map(lambda group: [function(item) for item in group], groups):
+                yield from done

@@ -7,6 +7,7 @@ decoding. Only a set of more than 1 GB makes TFDS import TensorFlow, once, while
 
 import hashlib
 import json
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,9 +79,9 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         features: dict[ValueKind, Any] = {
             "text": tfds.features.Text(),
-            "texts": tfds.features.Sequence(tfds.features.Text()),
+            "texts": tfds.features.Tensor(shape=(None,), dtype=np.object_),
             "id": tfds.features.Scalar(np.int64),
-            "ids": tfds.features.Sequence(np.int64),
+            "ids": tfds.features.Tensor(shape=(None,), dtype=np.int64),
             "score": tfds.features.Scalar(np.float32),
             "image": tfds.features.Text(),  # the encoded file: images of a folder differ in format and channels
         }
@@ -105,7 +106,8 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if "label" in example:
                 written["label"] = self._ids[example["label"]]
             if "tags" in example:
-                written["tags"] = [self._ids[tag] for tag in example["tags"]]
+                written["tags"] = np.asarray([self._ids[tag] for tag in example["tags"]])
+                written["tokens"] = np.asarray([token.encode() for token in example["tokens"]], np.object_)
             if isinstance(example.get("image"), np.ndarray):
                 written["image"] = encode_png(example["image"])
             yield i * stride, written
@@ -129,7 +131,7 @@ def write_records(source: RawSource, names: Sequence[str], folder: Path) -> dict
 def read_records(folder: Path) -> tuple[dict[str, Any], tuple["Field", ...]]:
     """Split -> raw ArrayRecord data source of what `write_records` wrote, and how to read it."""
     builder = tfds.builder_from_directory(folder / Records.name / VERSION)
-    fields = tuple(Field(role, role, KINDS[role]) for role in builder.info.features or ())
+    fields = tuple(Field(role, role, KINDS[role]) for role in typing.cast(Any, builder.info.features))
     return {split: raw_records(builder, split) for split in builder.info.splits}, fields
 
 
@@ -210,8 +212,14 @@ class Split(Sequence[Example]):
         return self.records.__getitems__(wanted) if wanted else []
 
     def _decode(self, record: bytes, fields: Iterable[Field]) -> Example:
-        features = tf_example_pb2.Example.FromString(record).features.feature
+        features = parse(record)
         return {found.role: found.value(features, self.ids) for found in fields}
+
+
+def parse(record: bytes) -> Any:
+    """Feature map of a serialised tf.Example."""
+    example: Any = tf_example_pb2
+    return example.Example.FromString(record).features.feature
 
 
 def _add_to_digest(digest: Any, value: Any) -> None:

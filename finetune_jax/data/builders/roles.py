@@ -11,7 +11,7 @@ from finetune_jax.data.builders.records import Example, RawSource, RawSplit
 from finetune_jax.data.builders.tables import Table
 from finetune_jax.errors import UserError
 
-INPUTS = {"sequence_classification": "label", "sequence_regression": "score"}
+TARGETS = {"sequence_classification": "label", "sequence_regression": "score"}
 TEXT, PAIR = ("text",), ("text_a", "text_b")
 TAG = re.compile(r"O|[BI]-.+", re.DOTALL)
 
@@ -36,9 +36,9 @@ def find_columns(
         if role not in known:
             near = difflib.get_close_matches(role, known, 1) or known
             raise UserError(f"data.columns: task {task} has no role {role!r}; did you mean {near[0]!r}?")
-    if task in INPUTS:
+    if task in TARGETS:
         single = "text" in mapping or not ({*PAIR} & {*mapping} or {*PAIR} <= {*available})
-        roles = (*(TEXT if single else PAIR), INPUTS[task])
+        roles = (*(TEXT if single else PAIR), TARGETS[task])
         if single and {*PAIR} & {*mapping}:
             raise UserError("data.columns: name either text, or text_a and text_b")
     else:
@@ -55,8 +55,8 @@ def find_columns(
 
 def task_roles(task: TaskName) -> tuple[str, ...]:
     """Every role a task can have."""
-    if task in INPUTS:
-        return (*TEXT, *PAIR, INPUTS[task])
+    if task in TARGETS:
+        return (*TEXT, *PAIR, TARGETS[task])
     return ("tokens", "tags") if task == "token_classification" else ("image", "label")
 
 
@@ -80,7 +80,9 @@ def _split(table: Table, columns: Mapping[str, str]) -> RawSplit:
         if "tags" in example:
             tokens, tags = example["tokens"], example["tags"]
             if len(tokens) != len(tags):
-                raise UserError(f"{place}: {len(tokens)} tokens and {len(tags)} tags; there must be one tag a token")
+                raise UserError(
+                    f"{place}: {len(tokens)} tokens and {len(tags)} tags; there must be one tag a token"
+                )
             for tag in tags:
                 first_seen.setdefault(tag, place)
         if "label" in example:
@@ -95,7 +97,9 @@ def _text(value: Any, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half a surrogate pair at character {error.start}; mend the escape") from error
+        raise UserError(
+            f"{where} holds half a surrogate pair at character {error.start}; mend the escape"
+        ) from error
     return value
 
 

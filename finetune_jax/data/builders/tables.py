@@ -111,7 +111,9 @@ def _read_jsonl(text: str, file: str) -> tuple[list[dict[str, Any]], list[int]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} line {number}: not valid JSON ({error})") from error
         if not isinstance(row, dict):
-            raise UserError(f'{file} line {number}: a JSON {type(row).__name__}, not an object {{"column": value}}')
+            raise UserError(
+                f'{file} line {number}: a JSON {type(row).__name__}, not an object {{"column": value}}'
+            )
         rows.append(row)
         lines.append(number)
     return rows, lines

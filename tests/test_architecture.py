@@ -1,0 +1,69 @@
+"""Who may import whom: a file imports only from lower floors."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "finetune_jax"
+FLOORS = [
+    {"errors", "__init__"},
+    {"models", "metrics", "writers", "config", "tree", "doctor"},
+    {"data", "hf", "optim", "sharding"},
+    {"tasks", "state"},
+    {"step", "checkpoint", "job"},
+    {"runfolder", "evaluate", "predict", "export"},
+    {"train"},
+    {"cli", "__main__"},
+]
+# Within one floor: files of a wing may import each other, and these pairs, in this direction only.
+SIDEWAYS = {
+    ("models", "tree"), ("data", "sharding"), ("data", "hf"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"),
+    ("export", "runfolder"), ("predict", "evaluate"), ("__main__", "cli"),
+}  # fmt: skip
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if name.count(".") else "__init__"
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor(name: str) -> int:
+    return next(index for index, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def test_imports_go_down():
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        mine = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        for name in imports(file):
+            if not name.startswith("finetune_jax"):
+                continue
+            other = room(name)
+            known = {entry for rooms in FLOORS for entry in rooms}
+            other = other if other in known else "__init__"
+            lower = floor(other) < floor(mine)
+            if not (lower or other == mine or (mine, other) in SIDEWAYS):
+                wrong.append(f"{file.relative_to(PACKAGE)} imports {name}")
+    assert not wrong
+
+
+def test_heavy_libraries_stay_in_their_rooms():
+    for file in PACKAGE.rglob("*.py"):
+        names = {name.split(".")[0] for name in imports(file)}
+        assert "torch" not in names and "transformers" not in names, file
+        assert "tensorflow" not in names or file.name == "writers.py", file
+        if file.parent.name == "models":
+            assert not names & {"numpy", "optax", "orbax", "grain", "safetensors"}, file
+
+
+def test_models_know_no_config_mesh_or_data():
+    for file in (PACKAGE / "models").glob("*.py"):
+        assert {room(n) for n in imports(file) if n.startswith("finetune_jax")} <= {"models", "errors", "tree"}, file
