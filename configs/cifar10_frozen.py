@@ -22,12 +22,8 @@ def get_config() -> Config:
         ),
         data=DataConfig(
             source="files",
-            path="$FINETUNE_JAX_DATA/cifar10",
-            format="npz",
-            train="cifar10_small_uint8",
-            validation=None,
+            path="$FINETUNE_JAX_DATA/cifar10/cifar10_small_uint8.npz",
             validation_fraction=0.1,
-            test="cifar10_small_uint8",
             image=ImageConfig(size=32, crop_pct=1.0, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262)),
         ),
         optim=OptimConfig(name="sgd", learning_rate=0.05, momentum=0.9, schedule="cosine", clip_norm=None),

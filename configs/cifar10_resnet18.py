@@ -5,8 +5,7 @@ Data:      FOLDER/cifar10/cifar10_jpeg_train.npz and cifar10_jpeg_test.npz
 Hardware:  one accelerator for the full run; 2 CPU cores with fewer epochs.
 Expected:  see docs/results.md.
 
-Variants:  `frozen_backbone(checkpoint)` trains the classifier only, SGD with momentum 0.9:
-           finetune-jax train --config configs/cifar10_frozen.py --model.pretrained HF_FOLDER --workdir runs/frozen
+configs/cifar10_frozen.py trains the classifier only, on the backbone that this gives.
 """
 
 from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig

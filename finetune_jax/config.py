@@ -84,7 +84,7 @@ class ImageConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Per channel, of pixels in [0, 1]; one value serves all channels."""
     augment: Literal["none", "crop_flip", "pad_crop_flip", "resized_crop_flip", "pad_crop", "resized_crop"] = "none"
-    """Training only: random crop after padding by size / 8, or random resized crop; `flip` mirrors half of the images."""
+    """Training only. crop: anywhere in the resized image; pad_crop: after padding by size / 8; resized_crop: of 8 to 100 % of the area, ratio 3/4 to 4/3; flip: half of the images are mirrored."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,19 @@ class DataConfig:
     path: str | None = None
     """Files: the folder (or, with fractions, the one file). Environment variables and ~ are expanded. TFDS: its data_dir."""
     format: Literal["auto", "csv", "tsv", "jsonl", "conll", "image_folder", "npz"] = "auto"
-    """Format of local files; auto goes by the file's ending, a folder is an image folder."""
+    """Format of local files; auto goes by the file's ending (.bio and .iob2 are conll), a folder is an image folder."""
     train: str | None = "train"
     """File in `path` (ending optional), or a TFDS split expression such as "train[:90%]". None: there is none."""
     validation: str | None = "validation"
-    """As `train`. Ignored where validation_fraction is set."""
+    """As `train`; may be absent while left at "validation". Ignored where validation_fraction is set."""
     test: str | None = "test"
-    """As `train`. Ignored where test_fraction is set."""
+    """As `train`; may be absent while left at "test". Ignored where test_fraction is set."""
     validation_fraction: float = 0.0
     """Share of `train` set aside for validation, drawn with `split_seed`."""
     test_fraction: float = 0.0
     """Share of `train` set aside for testing, drawn with `split_seed`."""
     split_seed: int = 0
-    """Seed of the fractions."""
+    """Seed of the fractions and of max_train_examples."""
     max_train_examples: int | None = None
     """Use this many training examples, drawn with `split_seed`."""
     columns: dict[str, str] = field(default_factory=dict)

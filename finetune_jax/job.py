@@ -6,6 +6,7 @@ run keeps one in RUN/model, so that a run and an exported checkpoint are opened 
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,10 @@ def head_labels(checkpoint: Checkpoint, task: str) -> tuple[str, ...] | None:
     return checkpoint.labels if TASKS[task].architecture in checkpoint.architectures else None
 
 
-def job_from_config(config: Config, checkpoint: Checkpoint | None, source: Source) -> Job:
-    """The job that a recipe describes."""
+def job_from_config(
+    config: Config, checkpoint: Checkpoint | None, source: Source, devices: Sequence[jax.Device] | None = None
+) -> Job:
+    """The job that a recipe describes, on all devices or those given."""
     where = "model.hf-config" if checkpoint is None else checkpoint.source
     fields = {**(checkpoint.hf_config if checkpoint else {}), **config.model.hf_config}
     model_config = parse_config(config.model.family, fields, where)
@@ -121,7 +124,7 @@ def job_from_config(config: Config, checkpoint: Checkpoint | None, source: Sourc
         values["label_smoothing"] = config.task.label_smoothing
     if config.task.name == "token_classification":
         values["all_pieces"] = config.task.label_pieces == "all"
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     return make_job(kind(**values), config.model.family, model_config, mesh, config.model.dtype)
 
 

@@ -58,12 +58,14 @@ def make_train_step(
             (total, weight, statistics, grads), _ = jax.lax.scan(micro, start, (jnp.arange(accumulation), rows))
         safe = jnp.maximum(weight, 1e-12)  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
         grads = jax.tree.map(lambda g: g / safe, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         one = jnp.ones((), jnp.float32)
         sums = {
             "loss": (total, weight),
-            "grad_norm": (optax.global_norm(grads), one),
-            "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
+            "grad_norm": (optax.tree.norm(grads), one),
+            "learning_rate": (learning_rate, one),
         }
         new = TrainState(
             step=state.step + 1,

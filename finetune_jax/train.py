@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,19 @@ class Stopped(Exception):
         self.code = code
 
 
-def train(config: Config, workdir: str | os.PathLike[str], *, stop_at: int | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    workdir: str | os.PathLike[str],
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    stop_at: int | None = None,
+) -> dict[str, Any]:
     """Fine-tune as the config says, or go on with what is in the run folder.
 
     Args:
         config: The recipe.
         workdir: The run folder; made if it is not there.
+        devices: Train on these; None takes all.
         stop_at: Save and stop after this many updates, as a signal at that step would.
 
     Returns:
@@ -66,7 +73,7 @@ def train(config: Config, workdir: str | os.PathLike[str], *, stop_at: int | Non
     source = open_source(config, checkpoint)
     if "train" not in source.splits:
         raise UserError("data.train names no split; there is nothing to train on")
-    job = with_class_weights(job_from_config(config, checkpoint, source), config, source)
+    job = with_class_weights(job_from_config(config, checkpoint, source, devices), config, source)
     examples = {
         split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
         for split, records in source.splits.items()
@@ -281,7 +288,7 @@ def announce(job: Job, state: Any, note: str, examples: dict[str, Any], batches:
     """What is about to be trained, on what."""
     say(f"{job.task.architecture}: {note}")
     say(parameter_table(state))
-    devices = jax.devices()
+    devices = job.mesh.devices.flat
     say(f"mesh {dict(job.mesh.shape)} on {len(devices)} {devices[0].device_kind} device(s)")
     shape = batches.shape
     text = f"{len(examples['train'])} training segments, {total_steps} updates of {shape.rows} rows"

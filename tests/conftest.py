@@ -1,15 +1,20 @@
 """Eight fake CPU devices, and JAX at its strictest: no silent promotion of ranks or dtypes."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # tiny programs: compiling is all they cost
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 import pytest
 
+# The same tiny programs are compiled again and again: keep them for the session, and for the next one.
+jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"finetune_jax_tests_{os.getuid()}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

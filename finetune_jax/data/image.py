@@ -28,17 +28,10 @@ CONVNEXT_CROPS_BELOW = 384
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 _STANDARD = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-_COMMON = {
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "rescale_factor": 1 / 255,
-    "do_center_crop": False,
-    "crop_size": None,
-    "do_convert_rgb": False,
-    "crop_pct": None,
-}
+_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_COMMON = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+_COMMON |= dict.fromkeys(("do_center_crop", "do_convert_rgb"), False)
+_COMMON |= {"rescale_factor": 1 / 255, "crop_size": None, "crop_pct": 1.0}
 # What each processor takes where preprocessor_config.json says nothing or null (transformers 5.23, *_pil_*.py).
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ConvNextImageProcessor": _COMMON
@@ -48,20 +41,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | _STANDARD
     | {"size": {"height": 224, "width": 224}, "default_to_square": True, "resample": 2},
     "BitImageProcessor": _COMMON
-    | {"image_mean": _CLIP_MEAN, "image_std": _CLIP_STD}
+    | _CLIP
     | {"size": {"shortest_edge": 224}, "default_to_square": False, "resample": 3}
     | {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_convert_rgb": True},
 }
 # Fields that leave the pixels alone.
 _IGNORED = {"image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys"}
-_IGNORED |= {
-    "data_format",
-    "input_data_format",
-    "device",
-    "return_tensors",
-    "disable_grouping",
-    "image_seq_length",
-}
+_IGNORED |= {"data_format", "input_data_format", "device", "return_tensors", "disable_grouping"}
+_IGNORED |= {"image_seq_length"}
 
 
 @dataclass(frozen=True)
@@ -78,21 +65,21 @@ class ImageProcessor:
     """Side the image is resized to, pixels: the shorter one, or both where `square`. ConvNext: the side of the result."""
     square: bool
     """Resize to edge x edge whatever the aspect ratio."""
-    do_resize: bool
-    """False: only the centre crop."""
-    crop: int | None
-    """Side of the centre crop, pixels; None: no crop (ConvNext: its own rule)."""
-    crop_pct: float
-    """ConvNext below 384: the shorter side is resized to int(edge / crop_pct), then edge x edge is cropped."""
     resample: int
     """Pillow's number of the filter."""
-    rescale: float
-    """Pixels are multiplied by this first; 1 where do_rescale is false."""
     mean: tuple[float, ...]
     """Subtracted, per channel or one for all."""
     std: tuple[float, ...]
     """Divided by, per channel or one for all."""
-    convert_rgb: bool
+    do_resize: bool = True
+    """False: only the centre crop."""
+    crop: int | None = None
+    """Side of the centre crop, pixels; None: no crop (ConvNext: its own rule)."""
+    crop_pct: float = 1.0
+    """ConvNext below 384: the shorter side is resized to int(edge / crop_pct), then edge x edge is cropped."""
+    rescale: float = 1 / 255
+    """Pixels are multiplied by this first; 1 where do_rescale is false."""
+    convert_rgb: bool = False
     """Kept for the export; channels are settled by `to_channels`."""
 
     @classmethod
@@ -118,20 +105,19 @@ class ImageProcessor:
             values[name] = value
         edge, square = _edge(values["size"], bool(values["default_to_square"]), where)
         crop = _square_side(values["crop_size"], "crop_size", where) if values["do_center_crop"] else None
-        normalise = bool(values["do_normalize"])
+        rescale = _positive(values["rescale_factor"], "rescale_factor", where)
+        mean, std = (_statistics(values[name], name, where) for name in ("image_mean", "image_std"))
         processor = cls(
             type=kind,
             edge=edge,
             square=square,
+            resample=values["resample"],
+            mean=mean if values["do_normalize"] else (0.0,),
+            std=std if values["do_normalize"] else (1.0,),
             do_resize=bool(values["do_resize"]),
             crop=crop,
-            crop_pct=_positive(values["crop_pct"], "crop_pct", where) if values["crop_pct"] else 1.0,
-            resample=values["resample"],
-            rescale=_positive(values["rescale_factor"], "rescale_factor", where)
-            if values["do_rescale"]
-            else 1.0,
-            mean=_statistics(values["image_mean"], "image_mean", where) if normalise else (0.0,),
-            std=_statistics(values["image_std"], "image_std", where) if normalise else (1.0,),
+            crop_pct=_positive(values["crop_pct"], "crop_pct", where),
+            rescale=rescale if values["do_rescale"] else 1.0,
             convert_rgb=bool(values["do_convert_rgb"]),
         )
         return processor._checked(where)
@@ -149,20 +135,16 @@ class ImageProcessor:
             kind: HfType = "ViTImageProcessor"
         else:
             kind = "ConvNextImageProcessor" if config.size < CONVNEXT_CROPS_BELOW else "BitImageProcessor"
-        bit = kind == "BitImageProcessor"
-        size = _whole(config.size, "size", "data.image")
+        size, bit = _whole(config.size, "size", "data.image"), kind == "BitImageProcessor"
         processor = cls(
             type=kind,
             edge=int(size / config.crop_pct) if bit else size,
             square=kind == "ViTImageProcessor",
-            do_resize=True,
-            crop=size if bit else None,
-            crop_pct=config.crop_pct if kind == "ConvNextImageProcessor" else 1.0,
             resample=RESAMPLE[config.resample],
-            rescale=1 / 255,
             mean=_per_channel(config.mean, num_channels, "mean"),
             std=_per_channel(config.std, num_channels, "std"),
-            convert_rgb=False,
+            crop=size if bit else None,
+            crop_pct=config.crop_pct if kind == "ConvNextImageProcessor" else 1.0,
         )
         return processor._checked("data.image")
 

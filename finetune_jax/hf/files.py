@@ -224,7 +224,8 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes `model.safetensors` as transformers wants it (it refuses a file that does not say its format)."""
-    contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+    # Not np.ascontiguousarray: it makes a vector of a scalar.
+    contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -136,8 +136,6 @@ def _records(builder: Any, expression: str, split: str) -> Any:
             f"data.{split} {expression!r}: {_one_line(error)}; {builder.info.full_name} has the splits "
             f"{', '.join(builder.info.splits)}"
         ) from error
-    if not len(records):
-        raise UserError(f"data.{split} {expression!r} holds no examples")
     return records
 
 
@@ -168,11 +166,11 @@ def _feature(features: Any, path: str) -> tuple[Any, bool]:
 
 def _field(role: str, key: str, feature: Any, sequence: bool, name: str) -> Field:
     """How a TFDS feature is read in a role."""
-    scalar = feature.shape == ()
-    text = scalar and feature.np_dtype == np.object_
-    whole = scalar and (np.issubdtype(feature.np_dtype, np.integer) or feature.np_dtype == np.bool_)
-    number = scalar and np.issubdtype(feature.np_dtype, np.number)
-    image = isinstance(feature, tfds.features.Image) and feature.np_dtype == np.uint8
+    scalar, dtype = feature.shape == (), np.dtype(feature.np_dtype)
+    text = scalar and dtype == np.object_
+    whole = scalar and (np.issubdtype(dtype, np.integer) or dtype == np.bool_)
+    number = scalar and np.issubdtype(dtype, np.number)
+    image = isinstance(feature, tfds.features.Image) and dtype == np.uint8
     fits: dict[str, tuple[ValueKind, bool]] = {
         "label": ("id", (whole or text) and not sequence),
         "score": ("score", number and not sequence),
@@ -183,5 +181,5 @@ def _field(role: str, key: str, feature: Any, sequence: bool, name: str) -> Fiel
     kind, fitting = fits.get(role, ("text", text and not sequence))
     if not fitting:
         kept = f"a sequence of {type(feature).__name__}" if sequence else type(feature).__name__
-        raise UserError(f"{name}: feature {key!r} ({kept}, {feature.np_dtype}) cannot serve as {role}")
+        raise UserError(f"{name}: feature {key!r} ({kept}, {dtype}) cannot serve as {role}")
     return Field(role, key, kind)

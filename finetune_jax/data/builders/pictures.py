@@ -80,19 +80,19 @@ def read_npz(files: Mapping[str, tuple[Path, str]]) -> RawSource:
     splits: dict[str, RawSplit] = {}
     order: tuple[str, ...] | None = None
     for split, (file, part) in files.items():
-        arrays = _open_npz(file)
-        keys = _split_keys(arrays, part, file)
-        names = _label_names(arrays, file)
-        if order is not None and names != order:
+        with _open_npz(file) as arrays:
+            names = _label_names(arrays, file)
+            splits[split] = _npz_split(arrays, _split_keys(arrays, part), names, file)
+        if len(splits) > 1 and names != order:
             raise UserError(f"{file.name}: label_names {names} differ from {order} of the split before")
-        order = names or order
-        splits[split] = _npz_split(arrays, keys, names, file)
+        order = names
     return RawSource(splits, ROLES, order)
 
 
 def npz_parts(file: Path) -> tuple[str, ...] | None:
     """Names of the splits within an npz file; None where it holds one."""
-    keys = _open_npz(file).files
+    with _open_npz(file) as arrays:
+        keys = arrays.files
     parts = [key.rsplit("_", 1)[0] for key in keys if key.endswith(("_image", "_index", "_jpeg"))]
     return tuple(parts) or None
 
@@ -116,7 +116,7 @@ def _array(arrays: Any, key: str, file: Path) -> np.ndarray:
         raise UserError(f"{file.name}: array {key!r} cannot be read ({type(error).__name__})") from error
 
 
-def _split_keys(arrays: Any, part: str, file: Path) -> dict[str, str]:
+def _split_keys(arrays: Any, part: str) -> dict[str, str]:
     """Array -> its key in the file for the split `part`."""
     for kind in ("image", "jpeg"):
         if f"{part}_{kind}" in arrays.files:

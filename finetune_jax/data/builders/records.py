@@ -7,7 +7,6 @@ decoding. Only a set of more than 1 GB makes TFDS import TensorFlow, once, while
 
 import hashlib
 import json
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +130,8 @@ def write_records(source: RawSource, names: Sequence[str], folder: Path) -> dict
 def read_records(folder: Path) -> tuple[dict[str, Any], tuple["Field", ...]]:
     """Split -> raw ArrayRecord data source of what `write_records` wrote, and how to read it."""
     builder = tfds.builder_from_directory(folder / Records.name / VERSION)
-    fields = tuple(Field(role, role, KINDS[role]) for role in typing.cast(Any, builder.info.features))
+    features: Any = builder.info.features
+    fields = tuple(Field(role, role, kind) for role, kind in KINDS.items() if role in features)
     return {split: raw_records(builder, split) for split in builder.info.splits}, fields
 
 

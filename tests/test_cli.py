@@ -1,0 +1,245 @@
+"""The commands as a user calls them; bad input is one line, exit code 2, and nothing written."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from finetune_jax import cli
+from finetune_jax.config import Config, field_paths, from_dict, load_recipe, to_dict, validate
+from finetune_jax.errors import UserError
+
+from tests import tiny
+
+
+def call(*words):
+    """(exit code) of a command in this process."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    return stop.value.code
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    tiny.write_texts(tmp_path / "texts")
+    file = tmp_path / "recipe.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "from tests import tiny\n"
+        "def get_config():\n"
+        "    return tiny.text_config(Path(__file__).parent / 'texts', epochs=1)\n"
+    )
+    return file
+
+
+@pytest.fixture
+def run(tmp_path, recipe, capsys):
+    assert call("train", "--config", recipe, "--workdir", tmp_path / "run") == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_train_evaluate_predict_export(tmp_path, recipe, run, capsys):
+    assert call("evaluate", "--model", run, "--split", "test") == 0
+    from_run = json.loads(capsys.readouterr().out)
+    result = json.loads((run / "result.json").read_text())
+    assert from_run == pytest.approx(result["metrics"]["test"], abs=1e-6)
+
+    assert call("export", "--run", run, "--output", tmp_path / "hf", "--verify") == 0
+    said = capsys.readouterr().out
+    assert "largest logit difference: 0" in said
+    assert call("evaluate", "--model", tmp_path / "hf", "--config", recipe, "--output", tmp_path / "m.json") == 0
+    assert json.loads((tmp_path / "m.json").read_text()) == pytest.approx(from_run, abs=1e-6)
+
+    rows = [{"text": "the cat sat"}, {"text": "ann ran to rome"}, {"text": ""}]
+    tiny.write_jsonl(tmp_path / "in.jsonl", rows)
+    for model in (run, tmp_path / "hf"):
+        out = tmp_path / "out.jsonl"
+        assert call("predict", "--model", model, "--input", tmp_path / "in.jsonl", "--output", out, "--logits") == 0
+        made = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [set(row) for row in made] == [{"label", "score", "scores", "logits"}] * 3
+        assert all(row["score"] == max(row["scores"].values()) for row in made)
+        assert all(sum(row["scores"].values()) == pytest.approx(1) for row in made)
+
+
+def test_a_begun_run_needs_only_its_folder(run, capsys):
+    assert call("train", "--workdir", run) == 0
+    assert "resumed at step 4" in capsys.readouterr().err
+
+
+def test_overrides_and_python_module(tmp_path, recipe):
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune_jax", "train", "--config", str(recipe), "--workdir", str(tmp_path / "r"),
+         "--optim.learning-rate", "0.5", "--train.steps=2", "--no-data.packing", "--model.freeze", "embeddings", "pooler"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    assert config["optim"]["learning_rate"] == 0.5 and config["train"]["steps"] == 2
+    assert config["data"]["packing"] is False and config["model"]["freeze"] == ["embeddings", "pooler"]
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help(command, capsys):
+    assert call(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"finetune-jax {command}" in text
+    if command == "train":
+        assert "--optim.learning-rate" in text and "Peak of the schedule" in text
+
+
+def test_doctor(capsys):
+    assert call("doctor") == 0
+    assert "jax 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim.learning-rat", "1"], "unknown option --optim.learning-rat; did you mean --optim.learning-rate?"),
+        (["--optim.learning-rate", "fast"], "could not convert string to float: 'fast'"),
+        (["--optim.name", "adam"], "invalid choice 'adam'"),
+        (["--optim.learning-rate", "-1"], "optim.learning-rate is -1.0, must be above 0"),
+        (["--train.batch-size", "0"], "train.batch-size is 0, must be at least 1"),
+        (["--train.batch-size", "10", "--train.accumulation", "3"], "not divisible by train.accumulation 3"),
+        (["--data.max-length", "65"], "data.max-length 65 is over the model's 64 positions; lower it"),
+        (["--data.path", "/nowhere"], "/nowhere"),
+        (["--data.columns", "text", "sentence"], "sentence"),
+        (["--data.no-packing", "--train.batch-size", "12"], "train.batch-size 12 does not divide by 8"),
+        (["--mesh.tensor", "3"], "mesh"),
+        (["--model.freeze", "no_such_parameter"], "regex 'no_such_parameter' matches no parameter"),
+        (["--model.freeze", "("], "regex '(' does not compile"),
+        (["--model.freeze", "."], "leaves nothing to train"),
+        (["--model.family", "resnet"], "does not go with model family resnet"),
+        (["--model.pretrained", "no/such-model"], "no/such-model"),
+        (["--model.pretrained", "package:no_such_package/model"], "no_such_package"),
+        (["--model.tokenizer", "/nowhere"], "/nowhere"),
+        (["--evaluation.metric", "f2"], "evaluation.metric f2 is not among this task's metrics"),
+        (["--task.class-weights", "yes", "1"], "missing ['no']"),
+        (["--model.hf-config", '{"hidden_act": "gelo"}'], "hidden_act"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(words, message, tmp_path, recipe, capsys):
+    code = call("train", "--config", recipe, "--workdir", tmp_path / "run", *words)
+    said = capsys.readouterr().err.strip()
+    assert code == 2, said
+    assert message in said and said.count("\n") == 0 and said.startswith("finetune-jax: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "the cat", "label": "maybe"}', "maybe"),
+        ('{"text": "the cat"}', "label"),
+        ("{not json", "61"),
+    ],
+)
+def test_bad_rows_name_their_place(row, message, tmp_path, recipe, capsys):
+    file = tmp_path / "texts/train.jsonl"
+    name = "validation" if "maybe" in row else "train"
+    file = tmp_path / f"texts/{name}.jsonl"
+    file.write_text(file.read_text() + row + "\n")
+    assert call("train", "--config", recipe, "--workdir", tmp_path / "run") == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and said.count("\n") == 0 and file.name in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"text": "a"}', "{"], "in.jsonl:2: not JSON"),
+        (['{"words": "a"}'], "in.jsonl:1: field 'text' must be text, fields are ['words']"),
+        (['["a"]'], "in.jsonl:1: a line must be a JSON object"),
+        (['{"text": "a"}', '{"text_a": "a", "text_b": "b"}'], "in.jsonl:2: fields differ from"),
+        ([b"\xff".decode("latin-1")], "in.jsonl:1: not UTF-8 at byte 0"),
+    ],
+)
+def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    (tmp_path / "out.jsonl").write_text("mine")
+    assert call("predict", "--model", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl") == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and said.count("\n") == 0
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "there is no command trian; commands are train, evaluate, predict, export, doctor; did you mean train?"),
+        (["train", "--workdir", "x", "--config", "configs/no.py"], "configs/no.py does not exist"),
+        (["train"], "workdir"),
+        (["export", "--run", "/nowhere", "--output", "/tmp/x"], "/nowhere is not a run folder"),
+        (["predict", "--model", "/nowhere"], "/nowhere"),
+        (["predict", "--model", "{run}", "--step", "3"], "no checkpoint of step 3"),
+        (["predict", "--model", "{run}", "--input", "/nowhere"], "input /nowhere does not exist"),
+        (["evaluate", "--model", "{run}", "--splt", "test"], "unknown option --splt; did you mean --split?"),
+        (["export", "--run", "{run}", "--output", "{run}"], "exists already"),
+    ],
+)
+def test_bad_commands(words, message, run, capsys):
+    assert call(*[word.replace("{run}", str(run)) for word in words]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and said.count("\n") == 0
+
+
+def test_a_recipe_that_fails_is_named(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(UserError, match=r"bad.py fails: ZeroDivisionError"):
+        load_recipe(str(file))
+    file.write_text("def get_config():\n    return {}\n")
+    with pytest.raises(UserError, match="returned dict, not Config"):
+        load_recipe(str(file))
+    file.write_text("from finetune_jax.config import *\ndef get_config():\n    return Config(train=TrainConfig(batch_size='many'))\n")
+    with pytest.raises(UserError, match=r"train.batch-size.*'many'"):
+        load_recipe(str(file))
+
+
+def test_every_recipe_of_the_project_is_valid():
+    from pathlib import Path
+
+    recipes = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+    assert len(recipes) >= 9
+    for file in recipes:
+        config = load_recipe(str(file))
+        assert from_dict(to_dict(config), "again") == config
+        text = file.read_text(encoding="utf-8")
+        assert f"configs/{file.name}" in text and "Expected:" in text, "a recipe says its command and what to expect"
+
+
+def test_each_field_has_a_meaning():
+    import dataclasses
+    import inspect
+
+    from finetune_jax import config
+
+    source = inspect.getsource(config)
+    for name in ("TaskConfig", "ModelConfig", "ImageConfig", "DataConfig", "OptimConfig", "TrainConfig", "MeshConfig"):
+        for field in dataclasses.fields(getattr(config, name)):
+            at = source.index(f"    {field.name}:", source.index(f"class {name}"))
+            assert source[at:].split("\n")[1].strip().startswith('"""'), f"{name}.{field.name}"
+    assert "optim.learning-rate" in field_paths() and "data.image.size" in field_paths()
+
+
+def test_an_unknown_saved_field_is_named():
+    with pytest.raises(UserError, match=r"run: optim.learning-rat"):
+        from_dict({"optim": {"learning_rat": 1}}, "run")
+    assert validate(Config()) == Config()
+
+
+def test_logits_of_predictions_are_the_models(run, tmp_path):
+    """In the input's order, whatever is packed with what."""
+    from finetune_jax.job import open_model
+    from finetune_jax.predict import predict
+
+    job, weights = open_model(str(run))
+    rows = [{"text": " ".join(words)} for words in tiny.sentences(30, 5)]
+    together = predict(job, weights, rows, logits=True)
+    for row, made in list(zip(rows, together, strict=True))[::7]:
+        alone = predict(job, weights, [row], logits=True)[0]
+        np.testing.assert_allclose(made["logits"], alone["logits"], atol=1e-5)
+    assert predict(job, weights, []) == []

@@ -1,0 +1,260 @@
+"""The loop: exact resume, the same numbers on any mesh, one trace, a result that is complete."""
+
+import dataclasses
+import json
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from finetune_jax import train as loop
+from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig
+from finetune_jax.data.pipeline import Batches
+from finetune_jax.errors import UserError
+from finetune_jax.tasks.image import ImageClassification
+from finetune_jax.tasks.sequence import SequenceClassification
+
+from tests import tiny
+
+replace = dataclasses.replace
+
+
+@pytest.fixture
+def one_device():
+    return jax.devices()[:1]
+
+
+def config_of(kind, tmp_path, **train):
+    if kind == "image":
+        return tiny.image_config(tiny.write_images(tmp_path / "squares.npz"), **train)
+    if kind == "token":
+        return tiny.text_config(tiny.write_conll(tmp_path / "conll"), "token_classification", **train)
+    return tiny.text_config(tiny.write_texts(tmp_path / "texts"), **train)
+
+
+def rows(run, kind="train", drop=("examples_per_second", "real_tokens_per_second")):
+    """metrics.jsonl without timings."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{n: v for n, v in line.items() if n not in drop} for line in lines if line["kind"] == kind]
+
+
+def saved(run):
+    """Everything in the newest checkpoint, as host arrays."""
+    import orbax.checkpoint as ocp
+
+    step = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    found = {}
+    for item in ("weights", "training"):
+        with ocp.StandardCheckpointer() as reader:
+            found[item] = reader.restore(run / "checkpoints" / str(step) / item)
+    return step, found
+
+
+def assert_same_bits(one, two):
+    flat_one, tree_one = jax.tree.flatten_with_path(one)
+    flat_two, tree_two = jax.tree.flatten_with_path(two)
+    assert tree_one == tree_two
+    for (path, a), (_, b) in zip(flat_one, flat_two, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+@pytest.mark.parametrize("kind", ["text", "token", "image"])
+def test_stopped_and_resumed_is_bit_identical(kind, tmp_path, one_device, monkeypatch):
+    """20 updates = 10 updates, stop, 10 more: state, BatchNorm, optimizer, numbers, example ids."""
+    seen: list[tuple[int, list[int]]] = []
+    original = loop.device_batches
+
+    def spy(batches: Batches, mesh, start, threads):
+        for step, batch in enumerate(original(batches, mesh, start, threads), start):
+            seen.append((step, batches.example_ids(step).tolist()))
+            yield batch
+
+    monkeypatch.setattr(loop, "device_batches", spy)
+    config = config_of(kind, tmp_path, steps=20)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.train(config, whole, devices=one_device)
+    seen_whole, seen = seen[:], []
+    monkeypatch.setattr(loop, "device_batches", spy)
+    with pytest.raises(loop.Stopped, match="stopped at step 10"):
+        loop.train(config, parts, devices=one_device, stop_at=10)
+    loop.train(config, parts, devices=one_device)
+    step_whole, state_whole = saved(whole)
+    step_parts, state_parts = saved(parts)
+    assert step_whole == step_parts == 20
+    assert_same_bits(state_whole, state_parts)
+    assert rows(whole) == rows(parts)
+    assert rows(whole, "validation") == rows(parts, "validation")
+    assert [ids for _, ids in seen_whole] == [ids for _, ids in seen]
+    results = [json.loads((run / "result.json").read_text()) for run in (whole, parts)]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
+@pytest.mark.parametrize("kind", ["text", "token", "image"])
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)])
+def test_any_mesh_gives_the_numbers_of_one_device(kind, mesh, tmp_path, one_device):
+    config = config_of(kind, tmp_path, steps=10)
+    if kind != "image":
+        config = replace(config, data=replace(config.data, packing=False))
+    else:
+        config = replace(config, optim=replace(config.optim, learning_rate=0.01))
+    loop.train(config, tmp_path / "one", devices=one_device)
+    loop.train(replace(config, mesh=mesh), tmp_path / "many")
+    losses = [[row["loss"] for row in rows(tmp_path / run)] for run in ("one", "many")]
+    np.testing.assert_allclose(*losses, atol=1e-5, rtol=0)
+    weights = [saved(tmp_path / run)[1]["weights"] for run in ("one", "many")]
+    for path in weights[0]:
+        np.testing.assert_allclose(weights[0][path], weights[1][path], atol=1e-5, rtol=0, err_msg=path)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("text", SequenceClassification), ("image", ImageClassification)])
+def test_each_step_is_traced_once(kind, task, tmp_path, one_device, monkeypatch):
+    """One trace of the train step, one of each split's forward step, whatever is evaluated how often, resume included."""
+    traces = Counter()
+    original = task.logits
+
+    def counted(self, model, batch, key):
+        traces["train" if key is not None else "forward"] += 1
+        return original(self, model, batch, key)
+
+    monkeypatch.setattr(task, "logits", counted)
+    config = config_of(kind, tmp_path, steps=12)
+    config = replace(config, evaluation=EvaluationConfig(every_steps=3))
+    with pytest.raises(loop.Stopped):
+        loop.train(config, tmp_path / "run", devices=one_device, stop_at=7)
+    assert traces == {"train": 1, "forward": 1}
+    traces.clear()
+    loop.train(config, tmp_path / "run", devices=one_device)
+    assert traces == {"train": 1, "forward": 2}
+
+
+def test_result_and_run_folder(tmp_path, one_device):
+    config = config_of("token", tmp_path)
+    result = loop.train(config, tmp_path / "run", devices=one_device)
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+    assert set(result) == {
+        "best_step", "steps", "metrics", "train_seconds", "real_tokens_per_second", "peak_memory_bytes", "parameters",
+    }  # fmt: skip
+    assert result["metrics"]["validation"]["f1"] == max(row["f1"] for row in rows(tmp_path / "run", "validation"))
+    assert {"precision", "recall", "f1", "accuracy", "loss"} <= set(result["metrics"]["test"])
+    assert result["parameters"]["trained"] == result["parameters"]["total"]
+    kept = {int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()}
+    assert kept == {result["best_step"], result["steps"]}
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["labels"] == ["O", "B-loc", "I-loc", "B-per", "I-per"] and manifest["versions"]["jax"]
+
+
+def test_it_learns(tmp_path, one_device):
+    """Not a step that moves something: the task is solved."""
+    config = config_of("token", tmp_path, epochs=25)
+    result = loop.train(config, tmp_path / "run", devices=one_device)
+    assert result["metrics"]["test"]["f1"] > 0.95
+
+
+def test_early_stopping_counts_evaluations_without_a_better_value(tmp_path, one_device):
+    config = config_of("text", tmp_path, steps=40, early_stopping=2)
+    config = replace(config, optim=replace(config.optim, learning_rate=1e-9), evaluation=EvaluationConfig(every_steps=2))
+    result = loop.train(config, tmp_path / "run", devices=one_device)
+    assert result["steps"] == 6 and result["best_step"] == 2
+
+
+def test_frozen_parameters_do_not_move_and_cost_no_optimizer_state(tmp_path, one_device):
+    config = config_of("text", tmp_path, steps=5)
+    config = replace(config, model=replace(config.model, freeze=("embeddings/", "encoder/layer/0/")))
+    with pytest.raises(loop.Stopped):
+        loop.train(config, tmp_path / "run", devices=one_device, stop_at=1)
+    with Checkpoints_of(tmp_path / "run") as before:
+        loop.train(config, tmp_path / "run", devices=one_device)
+    _, after = saved(tmp_path / "run")
+    frozen = {p for p in after["weights"] if "embeddings/" in p or "layer/0/" in p}
+    assert frozen
+    for path, value in after["weights"].items():
+        same = np.asarray(value).tobytes() == np.asarray(before["weights"][path]).tobytes()
+        assert same == (path in frozen), path
+    paths = {str(p) for p, _ in jax.tree.flatten_with_path(after["training"]["opt_state"])[0]}
+    assert not any("embeddings" in p or "layer/0/" in p for p in paths)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["parameters"]["trained"] < result["parameters"]["total"]
+
+
+class Checkpoints_of:  # noqa: N801 - reads as a phrase
+    """The newest checkpoint, read before training goes on."""
+
+    def __init__(self, run):
+        self.found = saved(run)[1]
+
+    def __enter__(self):
+        return self.found
+
+    def __exit__(self, *args):
+        return False
+
+
+def test_frozen_batch_norm_is_really_frozen(tmp_path, one_device):
+    config = config_of("image", tmp_path, steps=4)
+    config = replace(config, model=replace(config.model, batch_norm="frozen"))
+    with pytest.raises(loop.Stopped):
+        loop.train(config, tmp_path / "run", devices=one_device, stop_at=1)
+    before = saved(tmp_path / "run")[1]["weights"]
+    loop.train(config, tmp_path / "run", devices=one_device)
+    after = saved(tmp_path / "run")[1]["weights"]
+    statistics = [path for path in after if path.endswith(("/mean", "/var"))]
+    assert statistics
+    for path in statistics:
+        assert np.asarray(after[path]).tobytes() == np.asarray(before[path]).tobytes(), path
+    assert any(np.asarray(after[p]).tobytes() != np.asarray(before[p]).tobytes() for p in after)
+    trained = config_of("image", tmp_path, steps=4)
+    loop.train(trained, tmp_path / "trained", devices=one_device)
+    moved = saved(tmp_path / "trained")[1]["weights"]
+    assert all(np.asarray(moved[p]).tobytes() != np.asarray(after[p]).tobytes() for p in statistics), "train mode moves them"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"seed 0 -> 1"),
+        ({"optim": {"learning_rate": 0.5}}, r"optim.learning-rate 0.01 -> 0.5"),
+    ],
+)
+def test_a_run_goes_on_only_as_what_it_began_as(change, message, tmp_path, one_device):
+    config = config_of("text", tmp_path, steps=4)
+    with pytest.raises(loop.Stopped):
+        loop.train(config, tmp_path / "run", devices=one_device, stop_at=2)
+    changed = replace(
+        config, **{n: replace(getattr(config, n), **v) if isinstance(v, dict) else v for n, v in change.items()}
+    )
+    with pytest.raises(UserError, match=message):
+        loop.train(changed, tmp_path / "run", devices=one_device)
+    same = replace(config, train=replace(config.train, log_every=2), checkpoint=CheckpointConfig(keep=2))
+    loop.train(same, tmp_path / "run", devices=one_device)
+
+
+def test_changed_data_is_refused(tmp_path, one_device):
+    config = config_of("text", tmp_path, steps=4)
+    with pytest.raises(loop.Stopped):
+        loop.train(config, tmp_path / "run", devices=one_device, stop_at=2)
+    tiny.write_texts(tmp_path / "texts", train=61)
+    with pytest.raises(UserError, match="begun on other data"):
+        loop.train(config, tmp_path / "run", devices=one_device)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, one_device):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and is no run folder"):
+        loop.train(config_of("text", tmp_path), tmp_path / "run", devices=one_device)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_best_checkpoint_stays(tmp_path, one_device):
+    config = config_of("text", tmp_path, steps=12)
+    config = replace(config, evaluation=EvaluationConfig(every_steps=2, metric="loss"))
+    result = loop.train(config, tmp_path / "run", devices=one_device)
+    losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run", "validation")}
+    assert result["best_step"] == min(losses, key=losses.__getitem__)
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.choose("best") == result["best_step"] and checkpoints.choose("latest") == 12
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        checkpoints.choose("3")
+    checkpoints.close()

@@ -1,0 +1,100 @@
+"""Small models and data sets, written to disk as a user would have them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+
+WORDS = "the a cat dog bird sat ran flew on in to mat house tree red green big small ann bob paris rome oslo ##s ##ed".split()
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+FIELDS: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+RESNET_FIELDS: dict[str, Any] = {
+    "num_channels": 3,
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def sentences(count: int, seed: int) -> list[list[str]]:
+    rng = np.random.default_rng(seed)
+    return [rng.choice(WORDS[:-2], rng.integers(2, 12)).tolist() for _ in range(count)]
+
+
+def write_texts(folder: Path, train: int = 60, other: int = 21) -> Path:
+    """Sentences about cats or not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (split, count) in enumerate((("train", train), ("validation", other), ("test", other))):
+        rows = [{"text": " ".join(s), "label": "yes" if "cat" in s else "no"} for s in sentences(count, index)]
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def write_conll(folder: Path, train: int = 60, other: int = 21) -> Path:
+    """Persons and places."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tags = {"ann": "B-per", "bob": "B-per", "paris": "B-loc", "rome": "B-loc", "oslo": "B-loc"}
+    for index, (split, count) in enumerate((("train", train), ("validation", other), ("test", other))):
+        lines = []
+        for words in sentences(count, 10 + index):
+            lines += [f"{word}\t{tags.get(word, 'O')}" for word in words] + [""]
+        (folder / f"{split}.conll").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def write_images(file: Path, train: int = 40, other: int = 13) -> Path:
+    """Bright or dark 12x12 squares, in one npz."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", train), ("validation", other), ("test", other)):
+        label = rng.integers(0, 2, count)
+        noise = rng.integers(0, 60, (count, 12, 12, 3))
+        arrays[f"{split}_image"] = (noise + label[:, None, None, None] * 120).astype(np.uint8)
+        arrays[f"{split}_label"] = label
+    np.savez(file, **arrays)
+    return file
+
+
+def write_vocab(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "vocab.txt"
+    file.write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    return file
+
+
+def text_config(folder: Path, task: str = "sequence_classification", **train: Any) -> Config:
+    """A tiny BERT from random weights on the files in `folder`."""
+    vocab = write_vocab(folder.parent / "vocab")
+    return Config(
+        task=TaskConfig(name=task),  # pyright: ignore[reportArgumentType]
+        model=ModelConfig(hf_config=FIELDS, tokenizer=str(vocab)),
+        data=DataConfig(path=str(folder), max_length=32, threads=2),
+        optim=OptimConfig(learning_rate=1e-2, warmup_ratio=0.1, weight_decay=0.01),
+        train=TrainConfig(**{"batch_size": 16, "epochs": 2, "log_every": 1, "tensorboard": False, **train}),
+    )
+
+
+def image_config(file: Path, **train: Any) -> Config:
+    """A tiny ResNet from random weights on the npz."""
+    image = ImageConfig(size=16, crop_pct=1.0, augment="pad_crop_flip")
+    return Config(
+        task=TaskConfig(name="image_classification"),
+        model=ModelConfig(family="resnet", hf_config=RESNET_FIELDS),
+        data=DataConfig(path=str(file), image=image, threads=2),
+        optim=OptimConfig(name="sgd", learning_rate=0.05, weight_decay=1e-3),
+        train=TrainConfig(**{"batch_size": 16, "epochs": 2, "log_every": 1, "tensorboard": False, **train}),
+    )
