@@ -193,7 +193,8 @@ def check_names(words: list[str], known: list[str]) -> None:
         option = word[2:].split("=", 1)[0].replace("_", "-")
         if not word.startswith("--") or option == "help":
             continue
-        if option not in known and option.replace(".no-", ".").removeprefix("no-") not in known:
+        switched = re.sub(r"(^|\.)no-([^.]*)$", r"\1\2", option)  # a switch is turned off as --data.no-packing
+        if option not in known and switched not in known:
             raise UserError(f"unknown option {word}{nearest(option, known).replace('mean ', 'mean --')}")
 
 

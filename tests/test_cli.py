@@ -71,7 +71,7 @@ def test_a_begun_run_needs_only_its_folder(run, capsys):
 def test_overrides_and_python_module(tmp_path, recipe):
     done = subprocess.run(
         [sys.executable, "-m", "finetune_jax", "train", "--config", str(recipe), "--workdir", str(tmp_path / "r"),
-         "--optim.learning-rate", "0.5", "--train.steps=2", "--no-data.packing", "--model.freeze", "embeddings", "pooler"],
+         "--optim.learning-rate", "0.5", "--train.steps=2", "--data.no-packing", "--model.freeze", "embeddings", "pooler"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
