@@ -7,7 +7,15 @@ Hardware:  2 CPU cores.
 Expected:  see docs/results.md.
 """
 
-from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from finetune_jax.config import (
+    Config,
+    DataConfig,
+    ImageConfig,
+    ModelConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

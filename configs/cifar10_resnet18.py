@@ -8,7 +8,15 @@ Expected:  see docs/results.md.
 configs/cifar10_frozen.py trains the classifier only, on the backbone that this gives.
 """
 
-from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from finetune_jax.config import (
+    Config,
+    DataConfig,
+    ImageConfig,
+    ModelConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -32,9 +40,15 @@ def get_config() -> Config:
             validation_fraction=0.02,
             test="cifar10_jpeg_test",
             image=ImageConfig(
-                size=32, crop_pct=1.0, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), augment="pad_crop_flip"
+                size=32,
+                crop_pct=1.0,
+                mean=(0.491, 0.482, 0.447),
+                std=(0.247, 0.243, 0.262),
+                augment="pad_crop_flip",
             ),
         ),
-        optim=OptimConfig(name="sgd", learning_rate=0.1, schedule="cosine", weight_decay=5e-4, clip_norm=None),
+        optim=OptimConfig(
+            name="sgd", learning_rate=0.1, schedule="cosine", weight_decay=5e-4, clip_norm=None
+        ),
         train=TrainConfig(epochs=30, batch_size=128),
     )

@@ -5,7 +5,15 @@ Hardware:  any; 2 CPU cores.
 Expected:  see docs/results.md.
 """
 
-from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from finetune_jax.config import (
+    Config,
+    DataConfig,
+    ImageConfig,
+    ModelConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -22,6 +30,8 @@ def get_config() -> Config:
             },
         ),
         data=DataConfig(source="digits", image=ImageConfig(size=32, crop_pct=1.0, mean=(0.5,), std=(0.5,))),
-        optim=OptimConfig(name="sgd", learning_rate=0.1, schedule="cosine", weight_decay=5e-4, clip_norm=None),
+        optim=OptimConfig(
+            name="sgd", learning_rate=0.1, schedule="cosine", weight_decay=5e-4, clip_norm=None
+        ),
         train=TrainConfig(epochs=8, batch_size=64),
     )

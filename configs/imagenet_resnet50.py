@@ -6,7 +6,15 @@ Hardware:  TPU v3-32 or 8 GPUs.
 Expected:  76.4 to 76.7 % top-1 on validation (flax's ImageNet example). Not run here: no accelerator, no data.
 """
 
-from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from finetune_jax.config import (
+    Config,
+    DataConfig,
+    ImageConfig,
+    ModelConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

@@ -6,7 +6,15 @@ Hardware:  any; 2 CPU cores.
 Expected:  see docs/results.md.
 """
 
-from finetune_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from finetune_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

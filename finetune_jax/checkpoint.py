@@ -55,7 +55,8 @@ class Checkpoints:
         """
         self._policy = KeepNewestAndBest(keep)
         self._manager = ocp.CheckpointManager(
-            (run / DIRECTORY).absolute(), options=ocp.CheckpointManagerOptions(preservation_policy=self._policy)
+            (run / DIRECTORY).absolute(),
+            options=ocp.CheckpointManagerOptions(preservation_policy=self._policy),
         )
 
     @property
@@ -93,19 +94,19 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        weights: Flat = items.weights
+        weights: Flat = items["weights"]
         restored = TrainState(
             params={path: weights[path] for path in state.params},
             frozen={path: weights[path] for path in state.frozen},
             model_state={path: weights[path] for path in state.model_state},
-            **items.training,
+            **items["training"],
         )
-        return restored, Progress(**items.meta)
+        return restored, Progress(**items["meta"])
 
     def restore_weights(self, abstract: Flat, step: int) -> Flat:
         """The weights of a step, on the shardings of `abstract`."""
         args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args).weights
+        return self._manager.restore(step, args=args)["weights"]
 
     def choose(self, step: str) -> int:
         """`best` (the newest, where nothing was measured), `latest`, or a number, as a step there is.
@@ -119,11 +120,15 @@ class Checkpoints:
         if step == "latest":
             return steps[-1]
         if step == "best":
-            meta = self._manager.restore(steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            meta = self._manager.restore(steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+                "meta"
+            ]
             best = Progress(**meta).best_step
             return best if best in steps else steps[-1]
         if not step.isdigit() or int(step) not in steps:
-            raise UserError(f"there is no checkpoint of step {step}; steps are {steps}, or say best or latest")
+            raise UserError(
+                f"there is no checkpoint of step {step}; steps are {steps}, or say best or latest"
+            )
         return int(step)
 
     def wait(self) -> None:

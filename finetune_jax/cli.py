@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import re
@@ -160,7 +161,9 @@ def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Doctor:
         sys.exit(0 if argv else 2)
     name, *words = argv
     if name not in COMMANDS:
-        raise UserError(f"there is no command {name}; commands are {', '.join(COMMANDS)}{nearest(name, list(COMMANDS))}")
+        raise UserError(
+            f"there is no command {name}; commands are {', '.join(COMMANDS)}{nearest(name, list(COMMANDS))}"
+        )
     command = COMMANDS[name]
     own = [field.name.replace("_", "-") for field in dataclasses.fields(command)]
     if "overrides" in own:
@@ -175,8 +178,12 @@ def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Doctor:
 
 def _recipe(words: list[str]) -> Config:
     """The recipe that --config names, or the one a begun run folder keeps, or the defaults."""
-    given = {name: value for name, value in zip(words, words[1:], strict=False) if name in ("--config", "--workdir")}
-    given |= {word.split("=", 1)[0]: word.split("=", 1)[1] for word in words if word.startswith(("--config=", "--workdir="))}
+    given = {name: value for name, value in itertools.pairwise(words) if name in ("--config", "--workdir")}
+    given |= {
+        word.split("=", 1)[0]: word.split("=", 1)[1]
+        for word in words
+        if word.startswith(("--config=", "--workdir="))
+    }
     if "--config" in given:
         return load_recipe(given["--config"])
     saved = Path(given.get("--workdir", "")).expanduser() / "config.json"
@@ -193,7 +200,9 @@ def check_names(words: list[str], known: list[str]) -> None:
         option = word[2:].split("=", 1)[0].replace("_", "-")
         if not word.startswith("--") or option == "help":
             continue
-        switched = re.sub(r"(^|\.)no-([^.]*)$", r"\1\2", option)  # a switch is turned off as --data.no-packing
+        switched = re.sub(
+            r"(^|\.)no-([^.]*)$", r"\1\2", option
+        )  # a switch is turned off as --data.no-packing
         if option not in known and switched not in known:
             raise UserError(f"unknown option {word}{nearest(option, known).replace('mean ', 'mean --')}")
 
@@ -206,9 +215,13 @@ def tyro_cli(command, words: list[str], program: str, defaults: dict[str, Config
     """
     default = None
     if defaults:
-        missing = {f.name: f.default for f in dataclasses.fields(command) if f.default is not dataclasses.MISSING}
-        required = [f.name for f in dataclasses.fields(command) if f.name not in missing and f.name != "overrides"]
-        default = command(**missing, **{name: tyro.MISSING for name in required}, **defaults)
+        missing = {
+            f.name: f.default for f in dataclasses.fields(command) if f.default is not dataclasses.MISSING
+        }
+        required = [
+            f.name for f in dataclasses.fields(command) if f.name not in missing and f.name != "overrides"
+        ]
+        default = command(**missing, **dict.fromkeys(required, tyro.MISSING), **defaults)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

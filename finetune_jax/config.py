@@ -20,7 +20,9 @@ from finetune_jax.errors import UserError
 Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
 
-TaskName = Literal["sequence_classification", "sequence_regression", "token_classification", "image_classification"]
+TaskName = Literal[
+    "sequence_classification", "sequence_regression", "token_classification", "image_classification"
+]
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ class ImageConfig:
     """Per channel, of pixels in [0, 1]; one value serves all channels."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Per channel, of pixels in [0, 1]; one value serves all channels."""
-    augment: Literal["none", "crop_flip", "pad_crop_flip", "resized_crop_flip", "pad_crop", "resized_crop"] = "none"
+    augment: Literal[
+        "none", "crop_flip", "pad_crop_flip", "resized_crop_flip", "pad_crop", "resized_crop"
+    ] = "none"
     """Training only. crop: anywhere in the resized image; pad_crop: after padding by size / 8; resized_crop: of 8 to 100 % of the area, ratio 3/4 to 4/3; flip: half of the images are mirrored."""
 
 
@@ -275,7 +279,9 @@ def load_recipe(path: str) -> Config:
         raise UserError(f"config file {path} does not exist{nearest(str(path), known)}")
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise UserError(f"config file {path} is not a Python file; name a recipe such as configs/sst2_local.py")
+        raise UserError(
+            f"config file {path} is not a Python file; name a recipe such as configs/sst2_local.py"
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

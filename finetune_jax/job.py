@@ -6,7 +6,6 @@ run keeps one in RUN/model, so that a run and an exported checkpoint are opened 
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.models import bert, resnet
-from finetune_jax.sharding import make_mesh, shard_params
+from finetune_jax.sharding import Devices, make_mesh, shard_params
 from finetune_jax.state import ModelParts, initial_weights, split_model
 from finetune_jax.tasks import TASKS, Task
 from finetune_jax.tree import Flat
@@ -53,9 +52,10 @@ class Job:
         return shard_params(FAMILIES[self.family].SHARDING, self.parts.abstract, self.mesh)
 
     def hf_config(self) -> dict[str, Any]:
-        """config.json for transformers."""
+        """config.json for transformers, which gives a score the name LABEL_0."""
+        labels = self.task.labels or ("LABEL_0",)
         return export_config(
-            self.family, self.model_config, self.task.architecture, self.task.labels, self.task.problem_type
+            self.family, self.model_config, self.task.architecture, labels, self.task.problem_type
         )
 
 
@@ -92,7 +92,9 @@ def open_pretrained(config: ModelConfig) -> Checkpoint | None:
 
 def open_source(config: Config, checkpoint: Checkpoint | None) -> Source:
     """The data, its label ids those of the checkpoint's head where that is kept."""
-    labels = None if checkpoint is None or config.model.replace_head else head_labels(checkpoint, config.task.name)
+    labels = (
+        None if checkpoint is None or config.model.replace_head else head_labels(checkpoint, config.task.name)
+    )
     return load_source(config.data, config.task.name, labels=labels)
 
 
@@ -102,23 +104,29 @@ def head_labels(checkpoint: Checkpoint, task: str) -> tuple[str, ...] | None:
 
 
 def job_from_config(
-    config: Config, checkpoint: Checkpoint | None, source: Source, devices: Sequence[jax.Device] | None = None
+    config: Config, checkpoint: Checkpoint | None, source: Source, devices: Devices | None = None
 ) -> Job:
     """The job that a recipe describes, on all devices or those given."""
     where = "model.hf-config" if checkpoint is None else checkpoint.source
     fields = {**(checkpoint.hf_config if checkpoint else {}), **config.model.hf_config}
-    model_config = parse_config(config.model.family, fields, where)
+    model_config: Any = parse_config(config.model.family, fields, where)
     values: dict[str, Any] = {"labels": source.labels}
     kind = TASKS[config.task.name]
     if config.model.family == "bert":
         limit = model_config.max_position_embeddings
         if config.data.max_length > limit:
-            raise UserError(f"data.max-length {config.data.max_length} is over the model's {limit} positions; lower it")
+            raise UserError(
+                f"data.max-length {config.data.max_length} is over the model's {limit} positions; lower it"
+            )
         values |= {"max_length": config.data.max_length, "cache": cache_root(config.data) / "tokens"}
         values["tokenizer"] = _tokenizer(config.model, checkpoint, model_config.vocab_size)
     else:
         channels = model_config.num_channels
-        values |= {"processor": _processor(config, checkpoint, channels), "channels": channels, "seed": config.seed}
+        values |= {
+            "processor": _processor(config, checkpoint, channels),
+            "channels": channels,
+            "seed": config.seed,
+        }
         values |= {"augmentation": config.data.image.augment, "batch_norm": config.model.batch_norm}
     if source.labels is not None:
         values["label_smoothing"] = config.task.label_smoothing
@@ -131,7 +139,9 @@ def job_from_config(
 def _tokenizer(config: ModelConfig, checkpoint: Checkpoint | None, vocab_size: int) -> Any:
     place = config.tokenizer or (str(checkpoint.folder) if checkpoint else None)
     if place is None:
-        raise UserError("a model from random weights needs a tokenizer; set --model.tokenizer to a folder or vocab.txt")
+        raise UserError(
+            "a model from random weights needs a tokenizer; set --model.tokenizer to a folder or vocab.txt"
+        )
     path = Path(os.path.expandvars(place)).expanduser()
     tokenizer = load_tokenizer(path if path.exists() else files.resolve(place))
     if tokenizer.vocab_size > vocab_size:
@@ -150,7 +160,9 @@ def _processor(config: Config, checkpoint: Checkpoint | None, channels: int) -> 
     return processor.with_size(image.size) if image.override_size else processor
 
 
-def pretrained_weights(job: Job, checkpoint: Checkpoint | None, replace_head: bool) -> tuple[dict[str, np.ndarray], str]:
+def pretrained_weights(
+    job: Job, checkpoint: Checkpoint | None, replace_head: bool
+) -> tuple[dict[str, np.ndarray], str]:
     """Weights of the checkpoint by path, and a sentence on what was and was not in it."""
     if checkpoint is None:
         return {}, "all weights are random"
@@ -207,7 +219,10 @@ def open_model(
     if run:
         checkpoints = Checkpoints(path)
         places = job.shardings
-        abstract = {p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[p]) for p, a in job.parts.abstract.items()}
+        abstract = {
+            p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[p])
+            for p, a in job.parts.abstract.items()
+        }
         weights = checkpoints.restore_weights(abstract, checkpoints.choose(step))
         checkpoints.close()
         return job, weights
@@ -223,7 +238,10 @@ def _task_of(checkpoint: Checkpoint, max_length: int | None) -> Task:
         if kind.architecture not in checkpoint.architectures:
             continue
         regression = checkpoint.hf_config.get("problem_type") == "regression" or checkpoint.num_labels == 1
-        if kind.architecture.endswith("SequenceClassification") and (kind.problem_type == "regression") != regression:
+        if (
+            kind.architecture.endswith("SequenceClassification")
+            and (kind.problem_type == "regression") != regression
+        ):
             continue
         labels = checkpoint.labels or tuple(f"LABEL_{index}" for index in range(checkpoint.num_labels))
         values: dict[str, Any] = {"labels": None if kind.problem_type == "regression" else labels}
@@ -234,9 +252,14 @@ def _task_of(checkpoint: Checkpoint, max_length: int | None) -> Task:
         else:
             file = checkpoint.folder / PREPROCESSOR_FILE
             if not file.is_file():
-                raise UserError(f"{checkpoint.source} has no {PREPROCESSOR_FILE}: how pixels are made is not known")
+                raise UserError(
+                    f"{checkpoint.source} has no {PREPROCESSOR_FILE}: how pixels are made is not known"
+                )
             channels = int(checkpoint.hf_config.get("num_channels", 3))
-            values |= {"processor": ImageProcessor.from_hf(files.read_json(file), str(file)), "channels": channels}
+            values |= {
+                "processor": ImageProcessor.from_hf(files.read_json(file), str(file)),
+                "channels": channels,
+            }
         return kind(**values)
     known = sorted({kind.architecture for kind in TASKS.values()})
     name = checkpoint.architectures[0] if checkpoint.architectures else "no architecture"

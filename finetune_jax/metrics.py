@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from sklearn import metrics as sk
+from scipy import stats as scipy_stats
+from sklearn import metrics as sklearn_metrics
 
 from finetune_jax.errors import UserError
+
+sk: Any = sklearn_metrics  # their annotations are inferred, and wrong
+stats: Any = scipy_stats
 
 LARGER_IS_BETTER = {"loss": False, "mse": False}  # all others: True
 Sums = dict[str, tuple[Any, Any]]
@@ -21,12 +24,17 @@ Sums = dict[str, tuple[Any, Any]]
 
 def add_sums(total: Sums, part: Mapping[str, tuple[Any, Any]]) -> Sums:
     """The sums of two parts of the data."""
-    return {name: tuple(a + b for a, b in zip(total.get(name, (0.0, 0.0)), pair, strict=True)) for name, pair in part.items()}  # type: ignore[misc]
+    return {
+        name: tuple(a + b for a, b in zip(total.get(name, (0.0, 0.0)), pair, strict=True))
+        for name, pair in part.items()
+    }  # type: ignore[misc]
 
 
 def means(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     """numerator / denominator, 0 where nothing was counted."""
-    return {name: float(top) / float(bottom) if float(bottom) else 0.0 for name, (top, bottom) in sums.items()}
+    return {
+        name: float(top) / float(bottom) if float(bottom) else 0.0 for name, (top, bottom) in sums.items()
+    }
 
 
 def is_better(metric: str, new: float, old: float | None) -> bool:
@@ -43,7 +51,9 @@ def pick(metrics: Mapping[str, float], name: str) -> float:
         UserError: There is none of that name.
     """
     if name not in metrics:
-        raise UserError(f"evaluation.metric {name} is not among this task's metrics: {', '.join(sorted(metrics))}")
+        raise UserError(
+            f"evaluation.metric {name} is not among this task's metrics: {', '.join(sorted(metrics))}"
+        )
     return metrics[name]
 
 
@@ -55,24 +65,35 @@ def classification(labels: np.ndarray, predicted: np.ndarray, num_labels: int) -
     out: dict[str, Any] = {"accuracy": float(np.mean(labels == predicted))}
     ids = list(range(num_labels))
     for average in ("macro", "micro", "weighted"):
-        scores = sk.precision_recall_fscore_support(labels, predicted, labels=ids, average=average, zero_division=0)
+        scores = sk.precision_recall_fscore_support(
+            labels, predicted, labels=ids, average=average, zero_division=0
+        )
         for name, value in zip(("precision", "recall", "f1"), scores[:3], strict=True):
             out[f"{name}_{average}"] = float(value)
     if num_labels == 2:
-        scores = sk.precision_recall_fscore_support(labels, predicted, labels=ids, average=None, zero_division=0)
+        scores = sk.precision_recall_fscore_support(
+            labels, predicted, labels=ids, average=None, zero_division=0
+        )
         out |= {name: float(s[1]) for name, s in zip(("precision", "recall", "f1"), scores[:3], strict=True)}
     else:
         out |= {name: out[f"{name}_macro"] for name in ("precision", "recall", "f1")}
-    out["matthews"] = float(sk.matthews_corrcoef(labels, predicted)) if len(set(labels)) + len(set(predicted)) > 2 else 0.0
+    out["matthews"] = (
+        float(sk.matthews_corrcoef(labels, predicted)) if len(set(labels)) + len(set(predicted)) > 2 else 0.0
+    )
     out["confusion_matrix"] = sk.confusion_matrix(labels, predicted, labels=ids).tolist()
     return out
 
 
-def report(labels: Sequence[Any], predicted: Sequence[Any], names: Sequence[str]) -> str:
+def report(labels: Any, predicted: Any, names: Sequence[str]) -> str:
     """scikit-learn's table of precision, recall, F1 and support, a line a label."""
     return str(
         sk.classification_report(
-            labels, predicted, labels=list(range(len(names))), target_names=list(names), digits=4, zero_division=0
+            labels,
+            predicted,
+            labels=list(range(len(names))),
+            target_names=list(names),
+            digits=4,
+            zero_division=0,
         )
     )
 
@@ -144,7 +165,9 @@ def entity_report(scores: Mapping[str, Any]) -> str:
     support = sum(row["support"] for row in scores["types"].values())
     rows = list(scores["types"].items())
     for name, key in (("micro avg", ""), ("macro avg", "_macro"), ("weighted avg", "_weighted")):
-        rows.append((name, {n: scores[n + key] for n in ("precision", "recall", "f1")} | {"support": support}))
+        rows.append(
+            (name, {n: scores[n + key] for n in ("precision", "recall", "f1")} | {"support": support})
+        )
     for index, (kind, row) in enumerate(rows):
         if index == len(scores["types"]):
             lines.append("")

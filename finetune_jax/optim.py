@@ -12,8 +12,11 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     peak * sqrt(max(1, warm-up) / step) (Vaswani et al. 2017, eq. 3, without the model dimension).
     """
     peak = config.learning_rate
-    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total_steps)
+    warmup = (
+        config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total_steps)
+    )
     rest = max(1, total_steps - warmup)
+    decay: optax.Schedule
     if config.schedule == "linear":
         decay = optax.linear_schedule(peak, 0.0, rest)
     elif config.schedule == "cosine":
@@ -22,9 +25,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
         decay = optax.constant_schedule(peak)
     else:
         offset = max(1, warmup)
-
-        def decay(count):
-            return peak * (offset / (count + offset)) ** 0.5
+        decay = lambda count: peak * (offset / (count + offset)) ** 0.5  # noqa: E731
 
     if warmup == 0:
         return decay
@@ -43,9 +44,13 @@ def make_optimizer(
     """
     decay = config.weight_decay
     if config.name == "adamw":
-        update = optax.adamw(schedule, config.beta1, config.beta2, config.eps, weight_decay=decay, mask=decay_mask)
+        update = optax.adamw(
+            schedule, config.beta1, config.beta2, config.eps, weight_decay=decay, mask=decay_mask
+        )
     elif config.name == "lamb":
-        update = optax.lamb(schedule, config.beta1, config.beta2, config.eps, weight_decay=decay, mask=decay_mask)
+        update = optax.lamb(
+            schedule, config.beta1, config.beta2, config.eps, weight_decay=decay, mask=decay_mask
+        )
     elif config.name == "lion":
         update = optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=decay_mask)
     elif config.name == "adafactor":

@@ -30,11 +30,13 @@ def read_lines(lines: Iterable[bytes], where: str) -> Iterator[tuple[str, dict[s
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{place}: not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{place}: a line must be a JSON object such as {{\"text\": \"...\"}}")
+            raise UserError(f'{place}: a line must be a JSON object such as {{"text": "..."}}')
         yield place, row
 
 
-def predict_file(job: Job, weights: Flat, source: str, output: str, *, batch_size: int = 64, logits: bool = False) -> int:
+def predict_file(
+    job: Job, weights: Flat, source: str, output: str, *, batch_size: int = 64, logits: bool = False
+) -> int:
     """JSONL file (or - for standard input) to JSONL file (or - for standard output); returns the number of lines.
 
     A file is written beside its place and renamed, so that an error leaves what was there.
@@ -89,14 +91,15 @@ def predict(
         first = sorted(records[0])
         odd = next(p for r, p in zip(records, places, strict=True) if sorted(r) != first)
         raise UserError(f"{odd}: fields differ from {places[0]}'s; all lines of one file must have the same")
-    examples = job.task.examples(Records(records), train=False)
+    lines = Lines(records)
+    examples = job.task.examples(lines, train=False)
     max_length = getattr(job.task, "max_length", 1)
     forward = Forward(job, examples, batch_size, max_length, packing=True)
     values, _ = forward.logits(weights)
-    return job.task.predictions(values, examples, records, logits)
+    return job.task.predictions(values, examples, lines, logits)
 
 
-class Records(list[dict[str, Any]]):
+class Lines(list[dict[str, Any]]):
     """A list that is read as a split of a data source is."""
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -24,7 +24,14 @@ MANIFEST_FILE = "manifest.json"
 RESULT_FILE = "result.json"
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
 # Fields that a resumed run may change: they do not touch the arithmetic or the order of examples.
-FREE_TO_CHANGE = ("train.log_every", "train.tensorboard", "data.threads", "data.cache_dir", "checkpoint.", "mesh.")
+FREE_TO_CHANGE = (
+    "train.log_every",
+    "train.tensorboard",
+    "data.threads",
+    "data.cache_dir",
+    "checkpoint.",
+    "mesh.",
+)
 
 
 def check_same_config(config: Config, run: Path) -> None:
@@ -44,7 +51,9 @@ def check_same_config(config: Config, run: Path) -> None:
         if old.get(path) != new.get(path) and not path.startswith(FREE_TO_CHANGE)
     ]
     if changed:
-        raise UserError(f"{run} was begun with another config: {'; '.join(changed)}; change it back or name a new --workdir")
+        raise UserError(
+            f"{run} was begun with another config: {'; '.join(changed)}; change it back or name a new --workdir"
+        )
 
 
 def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -94,7 +103,9 @@ def start_run_folder(config: Config, run: Path, job: Job, source: Source) -> Non
 def git_revision() -> str | None:
     """Of the working folder, if it is a git checkout."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -18,10 +18,11 @@ from finetune_jax.tree import lookup
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+Devices = Sequence[Any]  # of jax.Device, which is no type to a type checker
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Devices | None = None) -> Mesh:
     """A mesh over all devices (or those given).
 
     Raises:
@@ -36,7 +37,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if free:
         sizes[free[0]] = max(1, len(devices) // max(1, fixed))
     if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {len(devices)}; set --mesh.*")
+        raise UserError(
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {len(devices)}; set --mesh.*"
+        )
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -71,7 +74,9 @@ def shard_params(rules: Rules, abstract: dict[str, Any], mesh: Mesh) -> dict[str
     return shardings
 
 
-def shard_like_params(tree: Any, abstract: dict[str, Any], shardings: dict[str, NamedSharding], mesh: Mesh) -> Any:
+def shard_like_params(
+    tree: Any, abstract: dict[str, Any], shardings: dict[str, NamedSharding], mesh: Mesh
+) -> Any:
     """Shardings for an optimizer state: a leaf under a parameter's name and of its shape lies where the parameter lies."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

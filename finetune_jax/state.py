@@ -57,7 +57,7 @@ def split_model(build: Callable[[jax.Array], nnx.Module]) -> ModelParts:
         build: Key -> module.
     """
     model = nnx.eval_shape(lambda: build(jax.random.key(0)))
-    graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)
+    _graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)
     abstract = {**flatten(stats), **flatten(rest)}
     return ModelParts(nnx.graphdef(model), dict(sorted(abstract.items())), frozenset(flatten(stats)), build)
 
@@ -79,7 +79,9 @@ def initial_weights(
 
     made = jax.jit(initialise, out_shardings={path: shardings[path] for path in new})(jax.random.key(seed))
     for path, value in loaded.items():
-        made[path] = jax.make_array_from_callback(value.shape, shardings[path], lambda index, v=value: v[index])
+        made[path] = jax.make_array_from_callback(
+            value.shape, shardings[path], lambda index, v=value: v[index]
+        )
     return {path: made[path] for path in parts.abstract}, shardings
 
 
@@ -118,7 +120,9 @@ def parameter_table(state: TrainState) -> str:
             rows.setdefault(name, [0, 0])[kind] += leaf.size
     width = max(len(name) for name in rows)
     lines = [f"{'part':<{width}} {'trained':>13} {'frozen':>13}"]
-    lines += [f"{name:<{width}} {trained:>13,} {frozen:>13,}" for name, (trained, frozen) in sorted(rows.items())]
+    lines += [
+        f"{name:<{width}} {trained:>13,} {frozen:>13,}" for name, (trained, frozen) in sorted(rows.items())
+    ]
     trained, total = parameter_counts(state)
     lines.append(f"{'all':<{width}} {trained:>13,} {total - trained:>13,}")
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))

@@ -41,7 +41,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if accumulation == 1:
-            (total, (weight, statistics)), grads = gradient(state.params, state.frozen, state.model_state, batch, key)
+            (total, (weight, statistics)), grads = gradient(
+                state.params, state.frozen, state.model_state, batch, key
+            )
         else:
 
             def micro(carry: Any, part: Any) -> tuple[Any, None]:
@@ -50,13 +52,22 @@ def make_train_step(
                 (new_total, (new_weight, statistics)), new = gradient(
                     state.params, state.frozen, statistics, rows, jax.random.fold_in(key, index)
                 )
-                return (total + new_total, weight + new_weight, statistics, jax.tree.map(jnp.add, grads, new)), None
+                return (
+                    total + new_total,
+                    weight + new_weight,
+                    statistics,
+                    jax.tree.map(jnp.add, grads, new),
+                ), None
 
             zero = jnp.zeros((), jnp.float32)
             start = (zero, zero, state.model_state, jax.tree.map(jnp.zeros_like, state.params))
             rows = {name: _micro_batches(value, accumulation) for name, value in batch.items()}
-            (total, weight, statistics, grads), _ = jax.lax.scan(micro, start, (jnp.arange(accumulation), rows))
-        safe = jnp.maximum(weight, 1e-12)  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
+            (total, weight, statistics, grads), _ = jax.lax.scan(
+                micro, start, (jnp.arange(accumulation), rows)
+            )
+        safe = jnp.maximum(
+            weight, 1e-12
+        )  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
         grads = jax.tree.map(lambda g: g / safe, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -104,13 +115,19 @@ def shardings_of(tree: Any) -> Any:
 def abstract_batch(example: Mapping[str, Any], rows: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch, from one host's share of it."""
     place = batch_sharding(mesh)
-    return {n: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype, sharding=place) for n, v in example.items()}
+    return {
+        n: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype, sharding=place) for n, v in example.items()
+    }
 
 
 def compile_train_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> Any:
     """Ahead of time. The state is donated and comes back where it lay; sums are on every device."""
     places = shardings_of(state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh))).lower(state, batch).compile()
+    return (
+        jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
+        .lower(state, batch)
+        .compile()
+    )
 
 
 def compile_forward(forward: Any, weights: Flat, batch: Any, mesh: Mesh) -> Any:

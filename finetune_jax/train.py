@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from finetune_jax import metrics
 from finetune_jax.checkpoint import Checkpoints, Progress
 from finetune_jax.config import Config, validate
 from finetune_jax.data.pipeline import Batches, device_batches, padding_share, parts_of, train_shape
-from finetune_jax.data.sources import Source, columns
+from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, evaluate, scalars
 from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source, pretrained_weights
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, start_run_folder, write_json
+from finetune_jax.sharding import Devices
 from finetune_jax.state import create_state, initial_weights, parameter_counts, parameter_table
 from finetune_jax.step import abstract_batch, compile_train_step, make_train_step
 from finetune_jax.tasks.base import resolve_class_weights
@@ -46,7 +47,7 @@ def train(
     config: Config,
     workdir: str | os.PathLike[str],
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     stop_at: int | None = None,
 ) -> dict[str, Any]:
     """Fine-tune as the config says, or go on with what is in the run folder.
@@ -91,13 +92,17 @@ def train(
     family = FAMILIES[job.family]
     loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
     weights, shardings = initial_weights(job.parts, family.SHARDING, job.mesh, config.seed, loaded)
-    is_frozen = matches_any(config.model.freeze, [path for path in weights if path not in job.parts.statistics])
+    is_frozen = matches_any(
+        config.model.freeze, [path for path in weights if path not in job.parts.statistics]
+    )
     trained = [path for path, frozen in is_frozen.items() if not frozen]
     if not trained:
         raise UserError(f"model.freeze {list(config.model.freeze)} leaves nothing to train")
     schedule = make_schedule(config.optim, total_steps)
     optimizer = make_optimizer(config.optim, schedule, lookup(family.DECAY, trained, "weight-decay rule"))
-    state = create_state(weights, shardings, job.parts.statistics, is_frozen, optimizer, job.mesh, config.seed)
+    state = create_state(
+        weights, shardings, job.parts.statistics, is_frozen, optimizer, job.mesh, config.seed
+    )
     del weights, loaded
     metric = config.evaluation.metric or job.task.metric
 
@@ -121,7 +126,9 @@ def train(
         job.mesh,
     )
     forwards = {
-        split: Forward(job, examples[split], config.evaluation.batch_size, max_length, packing, config.data.threads)
+        split: Forward(
+            job, examples[split], config.evaluation.batch_size, max_length, packing, config.data.threads
+        )
         for split in examples
         if split != "train"
     }
@@ -284,7 +291,9 @@ def write_train_row(writer: Writer, meter: Meter, step: int, sums: Any) -> None:
     writer.advance(step, loss=values["loss"], **{"examples/s": values["examples_per_second"]}, **shown)
 
 
-def announce(job: Job, state: Any, note: str, examples: dict[str, Any], batches: Batches, total_steps: int) -> None:
+def announce(
+    job: Job, state: Any, note: str, examples: dict[str, Any], batches: Batches, total_steps: int
+) -> None:
     """What is about to be trained, on what."""
     say(f"{job.task.architecture}: {note}")
     say(parameter_table(state))
@@ -298,7 +307,9 @@ def announce(job: Job, state: Any, note: str, examples: dict[str, Any], batches:
     for split, features in examples.items():
         cut = int(getattr(features, "cut", 0))
         if cut:
-            how = "split into windows" if job.task.architecture.endswith("TokenClassification") else "truncated"
+            how = (
+                "split into windows" if job.task.architecture.endswith("TokenClassification") else "truncated"
+            )
             say(f"{split}: {cut} of {len(features)} examples are over data.max-length and were {how}")
 
 
@@ -334,7 +345,7 @@ def with_class_weights(job: Job, config: Config, source: Source) -> Job:
     if source.labels is None or config.task.class_weights == "none":
         return job
     name = "tags" if job.task.architecture.endswith("TokenClassification") else "label"
-    values = columns(source.splits["train"], [name])[name]
+    values = source.splits["train"].columns([name])[name]
     flat = np.concatenate([np.asarray(v, np.int64).reshape(-1) for v in values])
     counts = np.bincount(flat, minlength=len(source.labels))
     weights = resolve_class_weights(config.task.class_weights, source.labels, counts)

@@ -25,7 +25,10 @@ def flatten(state: nnx.State) -> Flat:
 def unflatten(flat: Mapping[str, Any]) -> nnx.State:
     """The inverse of `flatten`, fit for `nnx.merge`. All-digit segments are list indices."""
     return nnx.from_flat_state(
-        [(tuple(int(part) if part.isdigit() else part for part in path.split("/")), leaf) for path, leaf in flat.items()]
+        [
+            (tuple(int(part) if part.isdigit() else part for part in path.split("/")), leaf)
+            for path, leaf in flat.items()
+        ]
     )
 
 
@@ -51,7 +54,9 @@ def lookup(table: Sequence[tuple[str, V]], paths: Iterable[str], what: str) -> d
         else:
             missing.append(path)
     if missing:
-        raise UserError(f"no {what} for {len(missing)} parameters: {', '.join(missing)}; add a row to the table")
+        raise UserError(
+            f"no {what} for {len(missing)} parameters: {', '.join(missing)}; add a row to the table"
+        )
     return found
 
 
@@ -69,6 +74,8 @@ def matches_any(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, bool
         except re.error as error:
             raise UserError(f"regex {pattern!r} does not compile: {error}") from error
         if not any(regex.search(path) for path in paths):
-            raise UserError(f"regex {pattern!r} matches no parameter; paths look like {paths[0]!r} and {paths[-1]!r}")
+            raise UserError(
+                f"regex {pattern!r} matches no parameter; paths look like {paths[0]!r} and {paths[-1]!r}"
+            )
         compiled.append(regex)
     return {path: any(regex.search(path) for regex in compiled) for path in paths}

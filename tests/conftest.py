@@ -13,7 +13,9 @@ import jax
 import pytest
 
 # The same tiny programs are compiled again and again: keep them for the session, and for the next one.
-jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"finetune_jax_tests_{os.getuid()}"))
+jax.config.update(
+    "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"finetune_jax_tests_{os.getuid()}")
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+
 from finetune_jax import cli
 from finetune_jax.config import Config, field_paths, from_dict, load_recipe, to_dict, validate
 from finetune_jax.errors import UserError
-
 from tests import tiny
 
 
@@ -49,14 +49,19 @@ def test_train_evaluate_predict_export(tmp_path, recipe, run, capsys):
     assert call("export", "--run", run, "--output", tmp_path / "hf", "--verify") == 0
     said = capsys.readouterr().out
     assert "largest logit difference: 0" in said
-    assert call("evaluate", "--model", tmp_path / "hf", "--config", recipe, "--output", tmp_path / "m.json") == 0
+    assert (
+        call("evaluate", "--model", tmp_path / "hf", "--config", recipe, "--output", tmp_path / "m.json") == 0
+    )
     assert json.loads((tmp_path / "m.json").read_text()) == pytest.approx(from_run, abs=1e-6)
 
     rows = [{"text": "the cat sat"}, {"text": "ann ran to rome"}, {"text": ""}]
     tiny.write_jsonl(tmp_path / "in.jsonl", rows)
     for model in (run, tmp_path / "hf"):
         out = tmp_path / "out.jsonl"
-        assert call("predict", "--model", model, "--input", tmp_path / "in.jsonl", "--output", out, "--logits") == 0
+        assert (
+            call("predict", "--model", model, "--input", tmp_path / "in.jsonl", "--output", out, "--logits")
+            == 0
+        )
         made = [json.loads(line) for line in out.read_text().splitlines()]
         assert [set(row) for row in made] == [{"label", "score", "scores", "logits"}] * 3
         assert all(row["score"] == max(row["scores"].values()) for row in made)
@@ -76,8 +81,10 @@ def test_overrides_and_python_module(tmp_path, recipe):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "r/config.json").read_text())
-    assert config["optim"]["learning_rate"] == 0.5 and config["train"]["steps"] == 2
-    assert config["data"]["packing"] is False and config["model"]["freeze"] == ["embeddings", "pooler"]
+    assert config["optim"]["learning_rate"] == 0.5
+    assert config["train"]["steps"] == 2
+    assert config["data"]["packing"] is False
+    assert config["model"]["freeze"] == ["embeddings", "pooler"]
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
@@ -86,7 +93,8 @@ def test_help(command, capsys):
     text = capsys.readouterr().out
     assert f"finetune-jax {command}" in text
     if command == "train":
-        assert "--optim.learning-rate" in text and "Peak of the schedule" in text
+        assert "--optim.learning-rate" in text
+        assert "Peak of the schedule" in text
 
 
 def test_doctor(capsys):
@@ -97,7 +105,10 @@ def test_doctor(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--optim.learning-rat", "1"], "unknown option --optim.learning-rat; did you mean --optim.learning-rate?"),
+        (
+            ["--optim.learning-rat", "1"],
+            "unknown option --optim.learning-rat; did you mean --optim.learning-rate?",
+        ),
         (["--optim.learning-rate", "fast"], "could not convert string to float: 'fast'"),
         (["--optim.name", "adam"], "invalid choice 'adam'"),
         (["--optim.learning-rate", "-1"], "optim.learning-rate is -1.0, must be above 0"),
@@ -124,7 +135,9 @@ def test_bad_input_is_one_line_and_writes_nothing(words, message, tmp_path, reci
     code = call("train", "--config", recipe, "--workdir", tmp_path / "run", *words)
     said = capsys.readouterr().err.strip()
     assert code == 2, said
-    assert message in said and said.count("\n") == 0 and said.startswith("finetune-jax: ")
+    assert message in said
+    assert said.count("\n") == 0
+    assert said.startswith("finetune-jax: ")
     assert not (tmp_path / "run").exists()
 
 
@@ -143,7 +156,9 @@ def test_bad_rows_name_their_place(row, message, tmp_path, recipe, capsys):
     file.write_text(file.read_text() + row + "\n")
     assert call("train", "--config", recipe, "--workdir", tmp_path / "run") == 2
     said = capsys.readouterr().err.strip()
-    assert message in said and said.count("\n") == 0 and file.name in said
+    assert message in said
+    assert said.count("\n") == 0
+    assert file.name in said
     assert not (tmp_path / "run").exists()
 
 
@@ -160,16 +175,23 @@ def test_bad_rows_name_their_place(row, message, tmp_path, recipe, capsys):
 def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
     (tmp_path / "out.jsonl").write_text("mine")
-    assert call("predict", "--model", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl") == 2
+    assert (
+        call("predict", "--model", run, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+        == 2
+    )
     said = capsys.readouterr().err.strip()
-    assert message in said and said.count("\n") == 0
+    assert message in said
+    assert said.count("\n") == 0
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "there is no command trian; commands are train, evaluate, predict, export, doctor; did you mean train?"),
+        (
+            ["trian"],
+            "there is no command trian; commands are train, evaluate, predict, export, doctor; did you mean train?",
+        ),
         (["train", "--workdir", "x", "--config", "configs/no.py"], "configs/no.py does not exist"),
         (["train"], "workdir"),
         (["export", "--run", "/nowhere", "--output", "/tmp/x"], "/nowhere is not a run folder"),
@@ -183,7 +205,8 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
 def test_bad_commands(words, message, run, capsys):
     assert call(*[word.replace("{run}", str(run)) for word in words]) == 2
     said = capsys.readouterr().err.strip()
-    assert message in said and said.count("\n") == 0
+    assert message in said
+    assert said.count("\n") == 0
 
 
 def test_a_recipe_that_fails_is_named(tmp_path):
@@ -194,7 +217,9 @@ def test_a_recipe_that_fails_is_named(tmp_path):
     file.write_text("def get_config():\n    return {}\n")
     with pytest.raises(UserError, match="returned dict, not Config"):
         load_recipe(str(file))
-    file.write_text("from finetune_jax.config import *\ndef get_config():\n    return Config(train=TrainConfig(batch_size='many'))\n")
+    file.write_text(
+        "from finetune_jax.config import *\ndef get_config():\n    return Config(train=TrainConfig(batch_size='many'))\n"
+    )
     with pytest.raises(UserError, match=r"train.batch-size.*'many'"):
         load_recipe(str(file))
 
@@ -208,7 +233,8 @@ def test_every_recipe_of_the_project_is_valid():
         config = load_recipe(str(file))
         assert from_dict(to_dict(config), "again") == config
         text = file.read_text(encoding="utf-8")
-        assert f"configs/{file.name}" in text and "Expected:" in text, "a recipe says its command and what to expect"
+        assert f"configs/{file.name}" in text
+        assert "Expected:" in text
 
 
 def test_each_field_has_a_meaning():
@@ -218,11 +244,20 @@ def test_each_field_has_a_meaning():
     from finetune_jax import config
 
     source = inspect.getsource(config)
-    for name in ("TaskConfig", "ModelConfig", "ImageConfig", "DataConfig", "OptimConfig", "TrainConfig", "MeshConfig"):
+    for name in (
+        "TaskConfig",
+        "ModelConfig",
+        "ImageConfig",
+        "DataConfig",
+        "OptimConfig",
+        "TrainConfig",
+        "MeshConfig",
+    ):
         for field in dataclasses.fields(getattr(config, name)):
             at = source.index(f"    {field.name}:", source.index(f"class {name}"))
             assert source[at:].split("\n")[1].strip().startswith('"""'), f"{name}.{field.name}"
-    assert "optim.learning-rate" in field_paths() and "data.image.size" in field_paths()
+    assert "optim.learning-rate" in field_paths()
+    assert "data.image.size" in field_paths()
 
 
 def test_an_unknown_saved_field_is_named():

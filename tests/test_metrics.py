@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from finetune_jax import metrics
-from finetune_jax.errors import UserError
 from seqeval.metrics import classification_report as seqeval_report
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
 from sklearn import metrics as sk
+
+from finetune_jax import metrics
+from finetune_jax.errors import UserError
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-a b", "I-a b"]
 
@@ -79,7 +80,8 @@ def test_classification_from_first_principles(classes):
 
 def test_classification_of_one_class_only_is_defined():
     ours = metrics.classification(np.zeros(4, int), np.zeros(4, int), 3)
-    assert ours["matthews"] == 0.0 and ours["accuracy"] == 1.0
+    assert ours["matthews"] == 0.0
+    assert ours["accuracy"] == 1.0
 
 
 def test_top_k_equals_scikit_learn():
@@ -110,8 +112,11 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
 
 
 def test_which_is_better():
-    assert metrics.is_better("f1", 0.5, None) and metrics.is_better("f1", 0.6, 0.5)
-    assert not metrics.is_better("f1", 0.5, 0.5) and not metrics.is_better("f1", float("nan"), None)
-    assert metrics.is_better("loss", 0.4, 0.5) and not metrics.is_better("mse", 0.6, 0.5)
+    assert metrics.is_better("f1", 0.5, None)
+    assert metrics.is_better("f1", 0.6, 0.5)
+    assert not metrics.is_better("f1", 0.5, 0.5)
+    assert not metrics.is_better("f1", float("nan"), None)
+    assert metrics.is_better("loss", 0.4, 0.5)
+    assert not metrics.is_better("mse", 0.6, 0.5)
     with pytest.raises(UserError, match=r"evaluation.metric f2 is not among.*accuracy"):
         metrics.pick({"accuracy": 1.0}, "f2")

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers import get_scheduler
+
 from finetune_jax.config import OptimConfig
 from finetune_jax.optim import make_optimizer, make_schedule
-from transformers import get_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
@@ -18,7 +19,9 @@ def _optax_mixes_dtypes():
         yield
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")]
+)
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_schedules_equal_transformers(ours, theirs, warmup):
     schedule = make_schedule(OptimConfig(learning_rate=0.3, schedule=ours, warmup_steps=warmup), 40)
@@ -40,14 +43,18 @@ def test_inverse_square_root(warmup):
 
 def test_warmup_ratio_is_of_all_steps():
     schedule = make_schedule(OptimConfig(learning_rate=1.0, warmup_ratio=0.25), 40)
-    assert float(schedule(5)) == pytest.approx(0.5) and float(schedule(10)) == 1.0 and float(schedule(40)) == 0.0
+    assert float(schedule(5)) == pytest.approx(0.5)
+    assert float(schedule(10)) == 1.0
+    assert float(schedule(40)) == 0.0
 
 
 def descend(config, steps=12):
     """Two parameters, one without decay, on a fixed sequence of gradients: ours."""
     rng = np.random.default_rng(0)
     start = {"w": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(size=4).astype(np.float32)}
-    grads = [{n: rng.normal(size=v.shape).astype(np.float32) * 3 for n, v in start.items()} for _ in range(steps)]
+    grads = [
+        {n: rng.normal(size=v.shape).astype(np.float32) * 3 for n, v in start.items()} for _ in range(steps)
+    ]
     optimizer = make_optimizer(config, make_schedule(config, steps), {"w": True, "b": False})
     params = {n: jnp.asarray(v) for n, v in start.items()}
     state = optimizer.init(params)
@@ -59,7 +66,10 @@ def descend(config, steps=12):
 
 def torch_descend(config, start, grads, make):
     params = {n: torch.nn.Parameter(torch.tensor(v)) for n, v in start.items()}
-    groups = [{"params": [params["w"]], "weight_decay": config.weight_decay}, {"params": [params["b"]], "weight_decay": 0.0}]
+    groups = [
+        {"params": [params["w"]], "weight_decay": config.weight_decay},
+        {"params": [params["b"]], "weight_decay": 0.0},
+    ]
     optimizer = make(groups)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=3, num_training_steps=len(grads))
     for grad in grads:
@@ -77,7 +87,12 @@ def torch_descend(config, start, grads, make):
 def test_updates_equal_torch(name, clip):
     nesterov = name == "nesterov"
     config = OptimConfig(
-        name="sgd" if nesterov else name, learning_rate=0.05, weight_decay=0.1, clip_norm=clip, warmup_steps=3, nesterov=nesterov
+        name="sgd" if nesterov else name,
+        learning_rate=0.05,
+        weight_decay=0.1,
+        clip_norm=clip,
+        warmup_steps=3,
+        nesterov=nesterov,
     )
     start, grads, ours = descend(config)
     if name == "adamw":
@@ -97,7 +112,8 @@ def test_others_move_against_the_gradient_and_decay_by_mask(name):
     optimizer = make_optimizer(config, make_schedule(config, 10), {"w": True, "b": False})
     state = optimizer.init(params)
     updates, _ = optimizer.update({"w": jnp.ones((8, 8)), "b": jnp.ones(8)}, state, params)
-    assert float(updates["w"].max()) < 0 and float(updates["b"].max()) < 0
+    assert float(updates["w"].max()) < 0
+    assert float(updates["b"].max()) < 0
     zeros = {"w": jnp.zeros((8, 8)), "b": jnp.zeros(8)}
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     assert float(updates["w"].max()) < 0, "decay"

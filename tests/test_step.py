@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+
 from finetune_jax.data.pipeline import Batches, evaluation_shape, train_shape
+from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward, evaluate
 from finetune_jax.job import FAMILIES, job_from_config, open_source
 from finetune_jax.optim import make_optimizer, make_schedule
@@ -15,8 +17,6 @@ from finetune_jax.sharding import place_rows
 from finetune_jax.state import create_state, initial_weights
 from finetune_jax.step import make_forward, make_train_step
 from finetune_jax.tasks.base import cross_entropy, resolve_class_weights
-from finetune_jax.errors import UserError
-
 from tests import tiny
 
 replace = dataclasses.replace
@@ -44,7 +44,9 @@ def no_dropout(config):
 def text(tmp_path, task="sequence_classification", packing=False):
     write = tiny.write_conll if task == "token_classification" else tiny.write_texts
     config = no_dropout(tiny.text_config(write(tmp_path / task), task))
-    return replace(config, data=replace(config.data, packing=packing), optim=replace(config.optim, name="sgd"))
+    return replace(
+        config, data=replace(config.data, packing=packing), optim=replace(config.optim, name="sgd")
+    )
 
 
 @pytest.mark.parametrize("kind", ["sequence_classification", "token_classification", "image"])
@@ -83,6 +85,7 @@ def test_packed_batch_has_the_loss_and_gradient_of_unpadded_examples(kind, tmp_p
 
     def loss(weights, batch):
         from flax import nnx
+
         from finetune_jax.tree import unflatten
 
         model = nnx.merge(job.parts.graphdef, unflatten(weights), copy=True)
@@ -102,7 +105,9 @@ def test_packed_batch_has_the_loss_and_gradient_of_unpadded_examples(kind, tmp_p
     assert float(packed[1]) == weight_sum
     assert float(packed[0]) == pytest.approx(singles, rel=1e-6)
     for path, value in packed_grad.items():
-        np.testing.assert_allclose(value / weight_sum, single_grad[path] / weight_sum, atol=1e-5, rtol=0, err_msg=path)
+        np.testing.assert_allclose(
+            value / weight_sum, single_grad[path] / weight_sum, atol=1e-5, rtol=0, err_msg=path
+        )
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -119,12 +124,17 @@ def test_evaluation_is_exact_on_ragged_splits(kind, packing, devices, tmp_path):
     weights, _ = initial_weights(job.parts, FAMILIES[job.family].SHARDING, job.mesh, 0, {})
     examples = job.task.examples(source.splits["test"], train=False)
     found = [
-        evaluate(Forward(job, examples, size, 32, packing and size > 1), job, examples, weights) for size in (1, 8, 64)
+        evaluate(Forward(job, examples, size, 32, packing and size > 1), job, examples, weights)
+        for size in (1, 8, 64)
     ]
     for other in found[1:]:
         assert other.report == found[0].report
         assert other.metrics["loss"] == pytest.approx(found[0].metrics["loss"], abs=1e-6)
-    support = sum(row["support"] for row in found[0].metrics["types"].values()) if "types" in found[0].metrics else 0
+    support = (
+        sum(row["support"] for row in found[0].metrics["types"].values())
+        if "types" in found[0].metrics
+        else 0
+    )
     if kind != "token_classification":
         support = np.sum(found[0].metrics["confusion_matrix"])
         assert support == len(source.splits["test"])
@@ -151,7 +161,9 @@ def test_cross_entropy_equals_torch(smoothing, weighted):
     logits = rng.normal(size=(5, 7, 4)).astype(np.float32) * 3
     labels, mask = rng.integers(0, 4, (5, 7)), (rng.random((5, 7)) < 0.6).astype(np.float32)
     per_class = (0.5, 2.0, 1.0, 0.1) if weighted else None
-    total, weight = cross_entropy(jnp.asarray(logits), jnp.asarray(labels, jnp.int32), jnp.asarray(mask), per_class, smoothing)
+    total, weight = cross_entropy(
+        jnp.asarray(logits), jnp.asarray(labels, jnp.int32), jnp.asarray(mask), per_class, smoothing
+    )
     theirs = torch.nn.CrossEntropyLoss(
         weight=torch.tensor(per_class) if per_class else None, label_smoothing=smoothing, ignore_index=-100
     )(torch.tensor(logits).reshape(-1, 4), torch.tensor(np.where(mask > 0, labels, -100)).reshape(-1))

@@ -7,6 +7,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig
@@ -14,7 +15,6 @@ from finetune_jax.data.pipeline import Batches
 from finetune_jax.errors import UserError
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
-
 from tests import tiny
 
 replace = dataclasses.replace
@@ -92,7 +92,9 @@ def test_stopped_and_resumed_is_bit_identical(kind, tmp_path, one_device, monkey
 
 
 @pytest.mark.parametrize("kind", ["text", "token", "image"])
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)]
+)
 def test_any_mesh_gives_the_numbers_of_one_device(kind, mesh, tmp_path, one_device):
     config = config_of(kind, tmp_path, steps=10)
     if kind != "image":
@@ -136,13 +138,16 @@ def test_result_and_run_folder(tmp_path, one_device):
     assert set(result) == {
         "best_step", "steps", "metrics", "train_seconds", "real_tokens_per_second", "peak_memory_bytes", "parameters",
     }  # fmt: skip
-    assert result["metrics"]["validation"]["f1"] == max(row["f1"] for row in rows(tmp_path / "run", "validation"))
+    assert result["metrics"]["validation"]["f1"] == max(
+        row["f1"] for row in rows(tmp_path / "run", "validation")
+    )
     assert {"precision", "recall", "f1", "accuracy", "loss"} <= set(result["metrics"]["test"])
     assert result["parameters"]["trained"] == result["parameters"]["total"]
     kept = {int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()}
     assert kept == {result["best_step"], result["steps"]}
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
-    assert manifest["labels"] == ["O", "B-loc", "I-loc", "B-per", "I-per"] and manifest["versions"]["jax"]
+    assert manifest["labels"] == ["O", "B-loc", "I-loc", "B-per", "I-per"]
+    assert manifest["versions"]["jax"]
 
 
 def test_it_learns(tmp_path, one_device):
@@ -154,9 +159,12 @@ def test_it_learns(tmp_path, one_device):
 
 def test_early_stopping_counts_evaluations_without_a_better_value(tmp_path, one_device):
     config = config_of("text", tmp_path, steps=40, early_stopping=2)
-    config = replace(config, optim=replace(config.optim, learning_rate=1e-9), evaluation=EvaluationConfig(every_steps=2))
+    config = replace(
+        config, optim=replace(config.optim, learning_rate=1e-9), evaluation=EvaluationConfig(every_steps=2)
+    )
     result = loop.train(config, tmp_path / "run", devices=one_device)
-    assert result["steps"] == 6 and result["best_step"] == 2
+    assert result["steps"] == 6
+    assert result["best_step"] == 2
 
 
 def test_frozen_parameters_do_not_move_and_cost_no_optimizer_state(tmp_path, one_device):
@@ -207,7 +215,9 @@ def test_frozen_batch_norm_is_really_frozen(tmp_path, one_device):
     trained = config_of("image", tmp_path, steps=4)
     loop.train(trained, tmp_path / "trained", devices=one_device)
     moved = saved(tmp_path / "trained")[1]["weights"]
-    assert all(np.asarray(moved[p]).tobytes() != np.asarray(after[p]).tobytes() for p in statistics), "train mode moves them"
+    assert all(np.asarray(moved[p]).tobytes() != np.asarray(after[p]).tobytes() for p in statistics), (
+        "train mode moves them"
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +232,8 @@ def test_a_run_goes_on_only_as_what_it_began_as(change, message, tmp_path, one_d
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=one_device, stop_at=2)
     changed = replace(
-        config, **{n: replace(getattr(config, n), **v) if isinstance(v, dict) else v for n, v in change.items()}
+        config,
+        **{n: replace(getattr(config, n), **v) if isinstance(v, dict) else v for n, v in change.items()},
     )
     with pytest.raises(UserError, match=message):
         loop.train(changed, tmp_path / "run", devices=one_device)
@@ -254,7 +265,8 @@ def test_best_checkpoint_stays(tmp_path, one_device):
     losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run", "validation")}
     assert result["best_step"] == min(losses, key=losses.__getitem__)
     checkpoints = Checkpoints(tmp_path / "run")
-    assert checkpoints.choose("best") == result["best_step"] and checkpoints.choose("latest") == 12
+    assert checkpoints.choose("best") == result["best_step"]
+    assert checkpoints.choose("latest") == 12
     with pytest.raises(UserError, match="no checkpoint of step 3"):
         checkpoints.choose("3")
     checkpoints.close()

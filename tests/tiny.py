@@ -5,9 +5,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
 
-WORDS = "the a cat dog bird sat ran flew on in to mat house tree red green big small ann bob paris rome oslo ##s ##ed".split()
+from finetune_jax.config import (
+    Config,
+    DataConfig,
+    ImageConfig,
+    ModelConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "in",
+    "to",
+    "mat",
+    "house",
+    "tree",
+    "red",
+    "green",
+    "big",
+    "small",
+    "ann",
+    "bob",
+    "paris",
+    "rome",
+    "oslo",
+    "##s",
+    "##ed",
+]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 FIELDS: dict[str, Any] = {
     "vocab_size": 32,
@@ -39,7 +74,9 @@ def write_texts(folder: Path, train: int = 60, other: int = 21) -> Path:
     """Sentences about cats or not."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, (split, count) in enumerate((("train", train), ("validation", other), ("test", other))):
-        rows = [{"text": " ".join(s), "label": "yes" if "cat" in s else "no"} for s in sentences(count, index)]
+        rows = [
+            {"text": " ".join(s), "label": "yes" if "cat" in s else "no"} for s in sentences(count, index)
+        ]
         write_jsonl(folder / f"{split}.jsonl", rows)
     return folder
 

@@ -95,7 +95,13 @@ def plan_packed(order: np.ndarray, lengths: np.ndarray, shape: RowShape) -> Plan
         counts = [0] * shape.rows
         waiting: list[int] = []
         quota = shape.examples * len(offsets) if shape.examples else len(order)
-        while queue and len(placed) < quota and len(waiting) < WAITING and open_rows and open_rows[-1][0] >= shortest:
+        while (
+            queue
+            and len(placed) < quota
+            and len(waiting) < WAITING
+            and open_rows
+            and open_rows[-1][0] >= shortest
+        ):
             segment = queue.pop()
             size = sizes[segment]
             at = bisect.bisect_left(open_rows, (size, -1))
@@ -111,7 +117,9 @@ def plan_packed(order: np.ndarray, lengths: np.ndarray, shape: RowShape) -> Plan
         offsets.append(len(placed))
     table = np.array(placed, np.int64).reshape(-1, 4)
     segment, row, start, slot = table.T
-    return Plan(segment, row.astype(np.int32), start.astype(np.int32), slot.astype(np.int32), np.array(offsets))
+    return Plan(
+        segment, row.astype(np.int32), start.astype(np.int32), slot.astype(np.int32), np.array(offsets)
+    )
 
 
 def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int, multiple: int) -> RowShape:
@@ -191,7 +199,7 @@ class Epochs:
         return max(1, done + (round(part * len(self.plan(whole))) if part else 0))
 
 
-def positions(lengths: Sequence[int]) -> np.ndarray:
+def positions(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """0, 1, 2, ... for each of the lengths, one after another."""
     total = np.asarray(lengths, np.int64)
     return np.arange(total.sum()) - np.repeat(np.cumsum(total) - total, total)

@@ -6,7 +6,7 @@ made, hosts only which of its rows they make.
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from finetune_jax.data.builders.decode import read_image
 from finetune_jax.data.image import ImageProcessor, augment, to_channels
 from finetune_jax.data.packing import Epochs, Placement, RowShape, packed_shape
-from finetune_jax.data.text import TextFeatures
 from finetune_jax.errors import UserError
 from finetune_jax.sharding import batch_parts, place_rows
 
@@ -48,7 +47,8 @@ class Examples(Protocol):
 class ImageExamples:
     """A split of images; `augmentation` and `seed` say how training pixels vary."""
 
-    records: Sequence[dict[str, Any]]
+    records: Any
+    """tasks.base.Records"""
     processor: ImageProcessor
     channels: int
     augmentation: str
@@ -77,7 +77,7 @@ class ImageExamples:
         size = self.processor.size
         pixels = np.zeros((shape.rows, size, size, self.channels), np.uint8)
         labels, weights = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.float32)
-        records = self.records.__getitems__([int(i) for i in where.segment])  # pyright: ignore
+        records = self.records.__getitems__([int(i) for i in where.segment])
         for index, row, record in zip(where.segment, where.row, records, strict=True):
             image = record["image"]
             image = to_channels(read_image(image) if isinstance(image, Path) else image, self.channels)
@@ -158,7 +158,9 @@ def train_shape(examples: Examples, batch_size: int, max_length: int, packing: b
     return RowShape(batch_size, 1 if lengths is None else _padded(lengths, max_length), 1)
 
 
-def evaluation_shape(examples: Examples, batch_size: int, max_length: int, packing: bool, parts: int) -> RowShape:
+def evaluation_shape(
+    examples: Examples, batch_size: int, max_length: int, packing: bool, parts: int
+) -> RowShape:
     """The static shape of an evaluation batch; rows are rounded up to divide by `parts`, the rest is padding."""
     lengths = examples.lengths
     if packing and lengths is not None:
@@ -177,7 +179,8 @@ def device_batches(batches: Batches, mesh: Mesh, start: int, threads: int) -> It
     if start >= len(batches):
         return
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+    source: Any = batches  # random access is all that Grain asks of a source
+    iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
     iterator.set_state({"next_index": start})
     queue: deque[dict[str, jax.Array]] = deque()
     for batch in iterator:

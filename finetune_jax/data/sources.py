@@ -110,11 +110,6 @@ def load_source(config: DataConfig, task: TaskName, labels: Sequence[str] | None
     )
 
 
-def columns(split: Split, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Whole columns of a split by role, in order: 10,000 short texts in about 0.1 s."""
-    return split.columns(names)
-
-
 # ---------------------------------------------------------------- open, by kind
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from finetune_jax.data.packing import Placement, RowShape, positions
 from finetune_jax.errors import UserError
@@ -62,7 +61,9 @@ def load_tokenizer(source: Path) -> TextTokenizer:
             backend = BertWordPieceTokenizer(str(vocab), lowercase=lower)._tokenizer
             files = tuple(file for file in files if file.name != "tokenizer.json")
         else:
-            raise UserError(f"{source} has neither tokenizer.json nor vocab.txt; set --model.tokenizer to a folder that has")
+            raise UserError(
+                f"{source} has neither tokenizer.json nor vocab.txt; set --model.tokenizer to a folder that has"
+            )
     except UserError:
         raise
     except Exception as error:  # the library raises a bare Exception for any malformed file
@@ -84,8 +85,14 @@ def save_tokenizer(tokenizer: TextTokenizer, folder: Path, max_length: int) -> N
         tokenizer.backend.save(str(folder / "tokenizer.json"))
     if not (folder / "tokenizer_config.json").is_file():
         special = {f"{n}_token": f"[{n.upper()}]" for n in ("unk", "sep", "pad", "cls", "mask")}
-        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lower_case, "model_max_length": max_length}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config | special, indent=2) + "\n", encoding="utf-8")
+        config = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": tokenizer.lower_case,
+            "model_max_length": max_length,
+        }
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config | special, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,8 @@ def token_features(
         for index, (words, encoding) in enumerate(zip(chunk, encodings, strict=True), begin):
             pieces: list[list[int]] = [[] for _ in words]
             for piece, word in zip(encoding.ids, encoding.word_ids, strict=True):
-                pieces[word].append(piece)
+                if word is not None:
+                    pieces[word].append(piece)
             filled = [word or [tokenizer.unknown_id] for word in pieces]
             out.add(index, filled, None if tags is None else tags[index], inside)
     return TextFeatures(
@@ -307,7 +315,10 @@ def cached(folder: Path, key: tuple[Any, ...], make: Any) -> TextFeatures:
             shutil.rmtree(draft)
     mode = {item.name: None if item.name == "cut" else "r" for item in fields(TextFeatures)}
     return TextFeatures(
-        **{name: np.load(place / f"{name}.npy", mmap_mode=_mmap(place / f"{name}.npy", m)) for name, m in mode.items()}
+        **{
+            name: np.load(place / f"{name}.npy", mmap_mode=_mmap(place / f"{name}.npy", m))
+            for name, m in mode.items()
+        }
     )
 
 

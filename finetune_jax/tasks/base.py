@@ -2,8 +2,8 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,21 @@ from flax import nnx
 from finetune_jax.data.pipeline import Examples
 from finetune_jax.errors import UserError
 
-Records = Sequence[dict[str, Any]]
 LossSums = tuple[jax.Array, jax.Array]
+
+
+class Records(Protocol):
+    """A split of a data source, or the lines to predict on: random access, several at once, whole columns."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+    def __getitems__(self, indices: Sequence[int], /) -> list[dict[str, Any]]: ...
+
+    def columns(self, names: Sequence[str], /) -> dict[str, list[Any]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +53,9 @@ class Task(abc.ABC):
         return len(self.labels) if self.labels is not None else 1
 
     @abc.abstractmethod
-    def examples(self, records: Records, *, train: bool, cache_key: tuple[Any, ...] | None = None) -> Examples:
+    def examples(
+        self, records: Records, *, train: bool, cache_key: tuple[Any, ...] | None = None
+    ) -> Examples:
         """Features of a split; with a cache key, kept on disk."""
 
     @abc.abstractmethod
@@ -60,7 +75,9 @@ class Task(abc.ABC):
         """One line of a prediction file as a record of this task; `where` names it in errors."""
 
     @abc.abstractmethod
-    def predictions(self, logits: np.ndarray, examples: Any, records: Records, raw: bool) -> list[dict[str, Any]]:
+    def predictions(
+        self, logits: np.ndarray, examples: Any, records: Records, raw: bool
+    ) -> list[dict[str, Any]]:
         """What `predict` writes for each record; `raw` adds the logits."""
 
     @abc.abstractmethod
@@ -86,7 +103,9 @@ def cross_entropy(
     """
     num_labels = logits.shape[-1]
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    target = jax.nn.one_hot(labels, num_labels, dtype=jnp.float32) * (1.0 - smoothing) + smoothing / num_labels
+    target = (
+        jax.nn.one_hot(labels, num_labels, dtype=jnp.float32) * (1.0 - smoothing) + smoothing / num_labels
+    )
     if class_weights is not None:
         per_class = jnp.asarray(class_weights, jnp.float32)
         target = target * per_class.reshape((1,) * labels.ndim + (num_labels,))
@@ -115,7 +134,9 @@ def resolve_class_weights(
         return tuple(float(w) for w in np.where(counts > 0, auto, 1.0))
     unknown, missing = sorted(set(choice) - set(labels)), sorted(set(labels) - set(choice))
     if unknown or missing:
-        raise UserError(f"task.class-weights: unknown {unknown}, missing {missing}; give one weight for each of {list(labels)}")
+        raise UserError(
+            f"task.class-weights: unknown {unknown}, missing {missing}; give one weight for each of {list(labels)}"
+        )
     if min(choice.values()) < 0:
         raise UserError(f"task.class-weights {dict(choice)}: a weight must not be negative")
     return tuple(float(choice[label]) for label in labels)

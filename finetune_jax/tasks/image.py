@@ -12,10 +12,17 @@ import numpy as np
 from finetune_jax import metrics
 from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.pipeline import ImageExamples
-from finetune_jax.data.sources import columns
 from finetune_jax.errors import UserError
 from finetune_jax.models.resnet import ResNetForImageClassification
-from finetune_jax.tasks.base import LossSums, Records, Task, class_prediction, cross_entropy, softmax, text_field
+from finetune_jax.tasks.base import (
+    LossSums,
+    Records,
+    Task,
+    class_prediction,
+    cross_entropy,
+    softmax,
+    text_field,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +57,13 @@ class ImageClassification(Task):
 
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
         """Cross-entropy over the images."""
-        return cross_entropy(logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing)
+        return cross_entropy(
+            logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
+        )
 
     def metrics(self, logits: np.ndarray, examples: ImageExamples) -> tuple[dict[str, Any], str]:
         """Accuracy (top-1), top-5, precision, recall, F1, Matthews, confusion matrix."""
-        true = np.asarray(columns(examples.records, ["label"])["label"], np.int64)
+        true = np.asarray(examples.records.columns(["label"])["label"], np.int64)
         predicted = logits.argmax(-1)
         figures = metrics.classification(true, predicted, len(self.labels))
         figures["top_5"] = metrics.top_k(true, logits, 5)

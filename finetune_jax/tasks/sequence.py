@@ -10,10 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax import metrics
-from finetune_jax.data.sources import columns
 from finetune_jax.data.text import TextFeatures, TextTokenizer, cached, save_tokenizer, sequence_features
 from finetune_jax.models.bert import BertForSequenceClassification
-from finetune_jax.tasks.base import LossSums, Records, Task, class_prediction, cross_entropy, softmax, text_field
+from finetune_jax.tasks.base import (
+    LossSums,
+    Records,
+    Task,
+    class_prediction,
+    cross_entropy,
+    softmax,
+    text_field,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +38,9 @@ class TextTask(Task):
     def _cached(self, key: tuple[Any, ...] | None, make: Any) -> TextFeatures:
         if key is None or self.cache is None:
             return make()
-        return cached(self.cache, (type(self).__name__, self.tokenizer.fingerprint, self.max_length, *key), make)
+        return cached(
+            self.cache, (type(self).__name__, self.tokenizer.fingerprint, self.max_length, *key), make
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +59,11 @@ class SequenceTask(TextTask):
             pair = "text_a" in records[0]
             names = ["text_a", "text_b"] if pair else ["text"]
             target = next((name for name in ("label", "score") if name in records[0]), None)
-            table = columns(records, [*names, *([target] if target else [])])
+            table = records.columns([*names, *([target] if target else [])])
             texts = list(zip(table["text_a"], table["text_b"], strict=True)) if pair else table["text"]
-            return sequence_features(self.tokenizer, texts, table[target] if target else None, self.max_length)
+            return sequence_features(
+                self.tokenizer, texts, table[target] if target else None, self.max_length
+            )
 
         return self._cached(cache_key, make)
 
@@ -87,12 +98,16 @@ class SequenceClassification(SequenceTask):
 
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
         """Cross-entropy over the segments."""
-        return cross_entropy(logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing)
+        return cross_entropy(
+            logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
+        )
 
     def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
         """Accuracy, precision, recall, F1, Matthews, confusion matrix."""
         true, predicted = np.asarray(examples.labels), logits.argmax(-1)
-        return metrics.classification(true, predicted, len(self.labels)), metrics.report(true, predicted, self.labels)
+        return metrics.classification(true, predicted, len(self.labels)), metrics.report(
+            true, predicted, self.labels
+        )
 
     def predictions(
         self, logits: np.ndarray, examples: TextFeatures, records: Records, raw: bool

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from finetune_jax import metrics
-from finetune_jax.data.sources import columns
 from finetune_jax.data.text import TextFeatures, token_features
 from finetune_jax.errors import UserError
 from finetune_jax.models.bert import BertForTokenClassification
@@ -40,9 +39,13 @@ class TokenClassification(TextTask):
 
         def make() -> TextFeatures:
             names = [name for name in ("tokens", "tags") if name in records[0]]
-            table = columns(records, names)
+            table = records.columns(names)
             return token_features(
-                self.tokenizer, table["tokens"], table.get("tags"), self.max_length, self._inside() if train else None
+                self.tokenizer,
+                table["tokens"],
+                table.get("tags"),
+                self.max_length,
+                self._inside() if train else None,
             )
 
         return self._cached(None if cache_key is None else (*cache_key, train and self.all_pieces), make)
@@ -52,17 +55,28 @@ class TokenClassification(TextTask):
         if not self.all_pieces:
             return None
         ids = {label: index for index, label in enumerate(self.labels)}
-        return np.array([ids.get("I-" + label[2:], ids[label]) if label[:2] == "B-" else ids[label] for label in self.labels])
+        return np.array(
+            [
+                ids.get("I-" + label[2:], ids[label]) if label[:2] == "B-" else ids[label]
+                for label in self.labels
+            ]
+        )
 
     def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """BxLxC"""
         return model(
-            batch["input_ids"], batch["token_type_ids"], batch["position_ids"], batch["segment_ids"], dropout_key=key
+            batch["input_ids"],
+            batch["token_type_ids"],
+            batch["position_ids"],
+            batch["segment_ids"],
+            dropout_key=key,
         )
 
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
         """Cross-entropy over labelled pieces: padding and special pieces count nothing."""
-        return cross_entropy(logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing)
+        return cross_entropy(
+            logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
+        )
 
     def _by_example(self, flat: np.ndarray, examples: TextFeatures) -> list[np.ndarray]:
         """Rows of the first pieces, gathered by word, split by example."""
@@ -73,7 +87,9 @@ class TokenClassification(TextTask):
 
     def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
         """Entity precision, recall, F1 (strict), and scikit-learn's report over words."""
-        true = [[self.labels[i] for i in row] for row in self._by_example(np.asarray(examples.labels), examples)]
+        true = [
+            [self.labels[i] for i in row] for row in self._by_example(np.asarray(examples.labels), examples)
+        ]
         predicted = [[self.labels[i] for i in row] for row in self._by_example(logits.argmax(-1), examples)]
         figures = metrics.entity_scores(true, predicted)
         ids = {label: index for index, label in enumerate(self.labels)}
@@ -107,7 +123,13 @@ class TokenClassification(TextTask):
                 begin, stop = record["spans"][first][0], record["spans"][end - 1][1]
                 score = float(np.mean(best[first:end]))
                 found.append(
-                    {"type": kind, "text": record["text"][begin:stop], "start": begin, "end": stop, "score": score}
+                    {
+                        "type": kind,
+                        "text": record["text"][begin:stop],
+                        "start": begin,
+                        "end": stop,
+                        "score": score,
+                    }
                 )
             extra = {"logits": rows.tolist()} if raw else {}
             out.append({"tokens": record["tokens"], "tags": tags, "entities": found} | extra)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from finetune_jax.data.packing import Epochs, RowShape, packed_shape, plan_fixed, plan_packed
 
 
@@ -22,7 +23,8 @@ def check(plan, lengths, shape):
         assert taken.max() <= 1
         for row in range(shape.rows):
             slots = where.slot[where.row == row]
-            assert sorted(slots) == list(range(len(slots))) and len(slots) <= shape.segments
+            assert sorted(slots) == list(range(len(slots)))
+            assert len(slots) <= shape.segments
 
 
 @pytest.mark.parametrize("mean", [12, 25, 60])
@@ -30,7 +32,8 @@ def check(plan, lengths, shape):
 def test_packed_plan_is_sound(mean, multiple):
     lengths = lengths_like(mean, 700, 128)
     shape = packed_shape(lengths, 32, 128, multiple)
-    assert shape.rows % multiple == 0 and shape.length <= 128
+    assert shape.rows % multiple == 0
+    assert shape.length <= 128
     plan = plan_packed(np.random.default_rng(1).permutation(700), lengths, shape)
     check(plan, lengths, shape)
 
@@ -48,7 +51,8 @@ def test_a_batch_never_runs_ahead_of_the_batch_size():
     lengths = np.full(1000, 10)
     shape = packed_shape(np.append(lengths, 100), 16, 128, 8)
     plan = plan_packed(np.arange(1000), lengths, shape)
-    assert np.diff(plan.offsets).max() <= 16 and len(plan) == 63
+    assert np.diff(plan.offsets).max() <= 16
+    assert len(plan) == 63
 
 
 def test_the_longest_example_fits():
@@ -61,13 +65,15 @@ def test_the_longest_example_fits():
 def test_fixed_plan():
     plan = plan_fixed(np.array([2, 0, 1, 4, 3]), 2)
     assert len(plan) == 3
-    assert plan.batch(2).segment.tolist() == [3] and plan.batch(1).row.tolist() == [0, 1]
+    assert plan.batch(2).segment.tolist() == [3]
+    assert plan.batch(1).row.tolist() == [0, 1]
 
 
 def test_a_host_gets_its_rows():
     plan = plan_fixed(np.arange(8), 8)
     mine = plan.batch(0).rows_of(4, 8)
-    assert mine.segment.tolist() == [4, 5, 6, 7] and mine.row.tolist() == [0, 1, 2, 3]
+    assert mine.segment.tolist() == [4, 5, 6, 7]
+    assert mine.row.tolist() == [0, 1, 2, 3]
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -82,4 +88,6 @@ def test_order_is_a_function_of_seed_and_epoch():
 def test_steps_and_places():
     epochs = Epochs(10, RowShape(4, 1, 1), 0, None, False)
     assert [epochs.locate(step) for step in (0, 2, 3, 7)] == [(0, 0), (0, 2), (1, 0), (2, 1)]
-    assert epochs.steps(2) == 6 and epochs.steps(1.5) == 5 and epochs.steps(0.1) == 1
+    assert epochs.steps(2) == 6
+    assert epochs.steps(1.5) == 5
+    assert epochs.steps(0.1) == 1

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from finetune_jax.config import DataConfig
-from finetune_jax.data.sources import cache_root, columns, load_source
+from finetune_jax.data.sources import cache_root, load_source
 from finetune_jax.errors import UserError
 
 CLASSIFY, REGRESS = "sequence_classification", "sequence_regression"
@@ -332,7 +332,7 @@ def test_image_folder(tmp_path):
     np.testing.assert_array_equal(train[0]["image"], np.asarray(picture("RGB")))
     assert train[1]["image"].shape == (4, 6, 1)
     assert train[1]["image"].dtype == np.uint8
-    assert columns(train, ["label"]) == {"label": [0, 0, 1, 1]}
+    assert train.columns(["label"]) == {"label": [0, 0, 1, 1]}
 
 
 def test_one_folder_of_classes_with_fractions(tmp_path):
@@ -487,7 +487,7 @@ def test_digits():
     everything = [row for found in source.splits.values() for row in rows_of(found)]
     assert max(row["image"].max() for row in everything) == 255
     for found, share in ((source.splits["validation"], 18), (source.splits["test"], 36)):
-        counts = np.bincount(columns(found, ["label"])["label"])
+        counts = np.bincount(found.columns(["label"])["label"])
         assert counts.min() >= share - 2
         assert counts.max() <= share + 2
     with pytest.raises(UserError, match="digits serves image_classification"):
@@ -518,7 +518,7 @@ def numbered(folder: Path, count: int = 100) -> Path:
 
 
 def texts(source, split: str) -> list[int]:
-    return [int(text[1:]) for text in columns(source.splits[split], ["text"])["text"]]
+    return [int(text[1:]) for text in source.splits[split].columns(["text"])["text"]]
 
 
 def test_fractions_part_train_by_seed_and_keep_the_order(tmp_path):
@@ -583,7 +583,7 @@ def test_random_access(tmp_path):
 def test_columns_read_ten_thousand_rows_quickly(tmp_path):
     train = load(numbered(tmp_path, 10_000), CLASSIFY).splits["train"]
     start = time.process_time()
-    read = columns(train, ["text", "label"])
+    read = train.columns(["text", "label"])
     assert time.process_time() - start < 1
     assert read["text"] == [f"t{i}" for i in range(10_000)]
     assert read["label"] == [i % 3 for i in range(10_000)]

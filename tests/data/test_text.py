@@ -4,12 +4,35 @@ import json
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
+
 from finetune_jax.data.packing import RowShape, plan_packed
 from finetune_jax.data.text import cached, load_tokenizer, save_tokenizer, sequence_features, token_features
 from finetune_jax.errors import UserError
-from transformers import AutoTokenizer
 
-WORDS = "the cat sat on a mat un ##aff ##able play ##ing ##ed dog run 北 京 , . ! ' s".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "un",
+    "##aff",
+    "##able",
+    "play",
+    "##ing",
+    "##ed",
+    "dog",
+    "run",
+    "北",
+    "京",
+    ",",
+    ".",
+    "!",
+    "'",
+    "s",
+]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 
 
@@ -63,7 +86,9 @@ def test_words_keep_their_place_and_their_tag(tokenizer, oracle):
     ours = token_features(tokenizer, SENTENCES, tags, 12)
     assert int(ours.cut) == 1
     assert ours.word_offsets.tolist() == np.append(0, np.cumsum([len(s) for s in SENTENCES])).tolist()
-    assert sorted(ours.words[ours.words >= 0]) == list(range(ours.word_offsets[-1])), "every word has one first piece"
+    assert sorted(ours.words[ours.words >= 0]) == list(range(ours.word_offsets[-1])), (
+        "every word has one first piece"
+    )
     for index in (0, 2):  # where transformers loses no word, the pieces are its own
         theirs = oracle(SENTENCES[index], is_split_into_words=True)
         part = slice(*ours.offsets[[index, index + 1]])
@@ -73,7 +98,9 @@ def test_words_keep_their_place_and_their_tag(tokenizer, oracle):
             firsts.append(-1 if word is None or word == before else tags[index][word])
             before = word
         assert ours.labels[part].tolist() == firsts
-    assert ours.input_ids[slice(*ours.offsets[[1, 2]])].tolist() == [VOCAB.index(w) for w in ("[CLS]", "[UNK]", "the", "[UNK]", "dog", "[SEP]")]
+    assert ours.input_ids[slice(*ours.offsets[[1, 2]])].tolist() == [
+        VOCAB.index(w) for w in ("[CLS]", "[UNK]", "the", "[UNK]", "dog", "[SEP]")
+    ]
     assert ours.lengths.max() <= 12
     assert ours.example_ids.tolist() == [0, 1, 2, 3, 3, 3, 4]
 
@@ -86,7 +113,8 @@ def test_label_on_all_pieces(tokenizer):
 
 def test_a_word_longer_than_a_window_survives(tokenizer):
     ours = token_features(tokenizer, [["unaffable" * 1, "cat"]], [[1, 2]], 4)
-    assert ours.labels[ours.words >= 0].tolist() == [1, 2] and ours.lengths.max() <= 4
+    assert ours.labels[ours.words >= 0].tolist() == [1, 2]
+    assert ours.lengths.max() <= 4
 
 
 def test_assembled_batch_holds_each_segment(tokenizer):
@@ -120,7 +148,9 @@ def test_cache_gives_back_what_was_made(tokenizer, tmp_path):
     cached(tmp_path / "tokens", ("b",), make)
     assert len(calls) == 2
     assert one.input_ids.tolist() == two.input_ids.tolist() == make().input_ids.tolist()
-    assert two.words.size == 0 and two.labels.tolist() == [1, 0] and int(two.cut) == 0
+    assert two.words.size == 0
+    assert two.labels.tolist() == [1, 0]
+    assert int(two.cut) == 0
 
 
 def test_saved_tokenizer_opens_in_transformers(tokenizer, oracle):
