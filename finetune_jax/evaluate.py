@@ -129,8 +129,3 @@ def evaluate_model(model: str, config: Config | None, split: str, step: str = "b
         job, examples, config.evaluation.batch_size, settings.max_length, settings.packing, settings.threads
     )
     return evaluate(forward, job, examples, weights)
-
-
-def scalars(figures: dict[str, Any]) -> dict[str, float]:
-    """The numbers among the metrics: what goes to TensorBoard and decides the best checkpoint."""
-    return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -13,11 +13,21 @@ import numpy as np
 from scipy import stats as scipy_stats
 from sklearn import metrics as sklearn_metrics
 
-from finetune_jax.errors import UserError
-
 sk: Any = sklearn_metrics  # their annotations are inferred, and wrong
 stats: Any = scipy_stats
 
+AVERAGED = tuple(
+    f"{name}_{kind}" for kind in ("macro", "micro", "weighted") for name in ("precision", "recall", "f1")
+)
+CLASSIFICATION = ("accuracy", "precision", "recall", "f1", *AVERAGED, "matthews")
+REGRESSION = ("pearson", "spearman", "mse")
+ENTITIES = (
+    "precision",
+    "recall",
+    "f1",
+    "accuracy",
+    *(name for name in AVERAGED if not name.endswith("micro")),
+)
 LARGER_IS_BETTER = {"loss": False, "mse": False}  # all others: True
 Sums = dict[str, tuple[Any, Any]]
 
@@ -42,19 +52,6 @@ def is_better(metric: str, new: float, old: float | None) -> bool:
     if not np.isfinite(new):
         return False
     return old is None or (new > old if LARGER_IS_BETTER.get(metric, True) else new < old)
-
-
-def pick(metrics: Mapping[str, float], name: str) -> float:
-    """The metric that decides.
-
-    Raises:
-        UserError: There is none of that name.
-    """
-    if name not in metrics:
-        raise UserError(
-            f"evaluation.metric {name} is not among this task's metrics: {', '.join(sorted(metrics))}"
-        )
-    return metrics[name]
 
 
 def classification(labels: np.ndarray, predicted: np.ndarray, num_labels: int) -> dict[str, Any]:

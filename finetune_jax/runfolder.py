@@ -3,6 +3,7 @@
 It is made whole before the first update, and goes on only as what it began as.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ import jax
 
 from finetune_jax import __version__
 from finetune_jax.config import Config, load_saved, to_dict
+from finetune_jax.data.packing import RowShape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
 from finetune_jax.hf.files import write_json
@@ -64,11 +66,11 @@ def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def start_run_folder(config: Config, run: Path, job: Job, source: Source) -> None:
-    """config.json, manifest.json and the model folder. A run that goes on must have the data it began with.
+def start_run_folder(config: Config, run: Path, job: Job, source: Source, shape: RowShape) -> None:
+    """config.json, manifest.json and the model folder. A run that goes on must have the data and batches it began with.
 
     Raises:
-        UserError: The data changed.
+        UserError: The data changed, or other devices would change which examples a batch holds.
     """
     manifest_file = run / MANIFEST_FILE
     if manifest_file.is_file():
@@ -77,6 +79,12 @@ def start_run_folder(config: Config, run: Path, job: Job, source: Source) -> Non
             raise UserError(
                 f"{run} was begun on other data (fingerprint {saved['data_fingerprint'][:12]}, now"
                 f" {source.fingerprint[:12]}); put the data back or name a new --workdir"
+            )
+        began = RowShape(**saved["batch"])
+        if began != shape:
+            raise UserError(
+                f"{run} was begun with batches of {began.rows} rows x {began.length}, these devices make"
+                f" {shape.rows} x {shape.length}; resume on as many devices as it began on"
             )
         return
     if jax.process_index() != 0:
@@ -96,6 +104,7 @@ def start_run_folder(config: Config, run: Path, job: Job, source: Source) -> Non
         "data": source.description,
         "data_fingerprint": source.fingerprint,
         "labels": source.labels,
+        "batch": dataclasses.asdict(shape),
     }
     write_json(manifest_file, manifest)  # last: with it the folder is a run
 

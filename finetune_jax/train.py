@@ -5,6 +5,7 @@ Resume precedence: the run's own checkpoint > Hugging Face weights > random.
 
 import contextlib
 import dataclasses
+import json
 import os
 import resource
 import signal
@@ -23,7 +24,7 @@ from finetune_jax.config import Config, validate
 from finetune_jax.data.pipeline import Batches, device_batches, padding_share, parts_of, train_shape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
-from finetune_jax.evaluate import Evaluation, Forward, evaluate, scalars
+from finetune_jax.evaluate import Evaluation, Forward, evaluate
 from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source, pretrained_weights
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, start_run_folder, write_json
@@ -75,6 +76,7 @@ def train(
     if "train" not in source.splits:
         raise UserError("data.train names no split; there is nothing to train on")
     job = with_class_weights(job_from_config(config, checkpoint, source, devices), config, source)
+    metric = deciding_metric(config, job)
     examples = {
         split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
         for split, records in source.splits.items()
@@ -104,15 +106,19 @@ def train(
         weights, shardings, job.parts.statistics, is_frozen, optimizer, job.mesh, config.seed
     )
     del weights, loaded
-    metric = config.evaluation.metric or job.task.metric
 
-    start_run_folder(config, run, job, source)
+    start_run_folder(config, run, job, source, shape)
     checkpoints = Checkpoints(run, config.checkpoint.keep)
     progress = Progress()
     if checkpoints.latest is not None:
         state, progress = checkpoints.restore(state)
         note = f"resumed at step {int(state.step)}"
     step = int(state.step)
+    patience = config.train.early_stopping or sys.maxsize
+    if (step == total_steps or progress.stale >= patience) and (run / RESULT_FILE).is_file():
+        say(f"{run} is complete: {step} updates are done")
+        checkpoints.close()
+        return json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
     announce(job, state, note, examples, batches, total_steps)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -144,7 +150,10 @@ def train(
     measured_at = -1
     pending: tuple[int, Any] | None = None
     with stop_signals() as stop:
-        for batch in device_batches(batches, job.mesh, step, config.data.threads):
+        for batch in device_batches(batches, job.mesh, progress.next_batch, config.data.threads):
+            if progress.stale >= patience:
+                writer.say(f"no better {metric} in {patience} evaluations: training ends at step {step}")
+                break
             state, sums = train_step(state, batch)
             step += 1
             progress.next_batch = step
@@ -156,7 +165,7 @@ def train(
             if evaluating and "validation" in forwards:
                 last = evaluate(forwards["validation"], job, examples["validation"], state.weights)
                 measured_at = step
-                value = metrics.pick(scalars(last.metrics), metric)
+                value = float(last.metrics[metric])
                 writer.write("validation", step, last.metrics)
                 writer.say(f"step {step}: validation {metric} {value:.4f}, loss {last.metrics['loss']:.4f}")
                 better = metrics.is_better(metric, value, progress.best_value)
@@ -169,14 +178,10 @@ def train(
                 checkpoints.save(state, progress)
             if stopping and step < total_steps:
                 break
-            patience = config.train.early_stopping
-            if patience is not None and progress.stale >= patience:
-                writer.say(f"no better {metric} in {patience} evaluations: training ends at step {step}")
-                break
     if pending is not None:
         write_train_row(writer, meter, *pending)
     checkpoints.wait()
-    if (stop or step == stop_at) and step < total_steps:
+    if (stop or step == stop_at) and step < total_steps and progress.stale < patience:
         writer.close()
         checkpoints.close()
         raise Stopped(step, 128 + (stop[0] if stop else signal.SIGTERM))
@@ -214,6 +219,19 @@ def train(
 # ---------------------------------------------------------------------------------------------------------------------
 # When
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def deciding_metric(config: Config, job: Job) -> str:
+    """The metric of the best checkpoint and of early stopping.
+
+    Raises:
+        UserError: The task has none of that name.
+    """
+    name = config.evaluation.metric or job.task.metric
+    known = ("loss", *job.task.metric_names)
+    if name not in known:
+        raise UserError(f"evaluation.metric {name} is not among this task's metrics: {', '.join(known)}")
+    return name
 
 
 def is_boundary(every: int | None, step: int, batches: Batches, total_steps: int) -> bool:

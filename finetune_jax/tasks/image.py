@@ -32,6 +32,7 @@ class ImageClassification(Task):
     architecture = "ResNetForImageClassification"
     model_class = ResNetForImageClassification
     metric = "accuracy"
+    metric_names = (*metrics.CLASSIFICATION, "top_5")
 
     labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
     processor: ImageProcessor

@@ -91,6 +91,7 @@ class SequenceClassification(SequenceTask):
 
     problem_type = "single_label_classification"
     metric = "accuracy"
+    metric_names = metrics.CLASSIFICATION
 
     labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
     class_weights: tuple[float, ...] | None = None
@@ -123,6 +124,7 @@ class SequenceRegression(SequenceTask):
 
     problem_type = "regression"
     metric = "spearman"
+    metric_names = metrics.REGRESSION
 
     labels: None  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -26,6 +26,7 @@ class TokenClassification(TextTask):
     architecture = "BertForTokenClassification"
     model_class = BertForTokenClassification
     metric = "f1"
+    metric_names = metrics.ENTITIES
 
     labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
     class_weights: tuple[float, ...] | None = None

@@ -11,6 +11,8 @@ from finetune_jax.errors import UserError
 
 FirstSeen = Mapping[str, Mapping[str, str]]  # split -> label -> place of its first use
 
+CHECKPOINT = "the checkpoint's"
+
 
 def read_label_file(path: Path, task: TaskName) -> tuple[str, ...] | None:
     """Lines of labels.txt; None where there is none. For tags: entity types, or the tags themselves if O is listed.
@@ -70,7 +72,7 @@ def settle_labels(
     if task == "sequence_regression":
         return None
     if given is not None:
-        labels, whose = tuple(given), "the checkpoint's"
+        labels, whose = tuple(given), CHECKPOINT
         for name, declared in (("labels.txt", listed), ("the data set", stated)):
             for label in declared or ():
                 _check_known(label, labels, whose, name)
@@ -105,4 +107,6 @@ def _check_known(label: str, labels: Sequence[str], whose: str, place: str) -> N
         hint = f"nearest is {near[0]!r}"
     else:
         hint = f"they are {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}"
+    if whose == CHECKPOINT:
+        hint += "; --model.replace-head starts a new head for other labels"
     raise UserError(f"{place}: label {label!r} is not among {whose} {len(labels)}; {hint}")
