@@ -1,7 +1,7 @@
 """CIFAR-10, only the classifier of a trained ResNet: SGD with momentum 0.9, backbone and BatchNorm frozen.
 
-Command:   FINETUNE_JAX_DATA=FOLDER finetune-jax train --config configs/cifar10_frozen.py \
-               --model.pretrained HF_FOLDER --workdir runs/frozen
+Command:   finetune-jax export --run runs/cifar10 --output runs/cifar10_hf
+           FINETUNE_JAX_DATA=FOLDER finetune-jax train --config configs/cifar10_frozen.py --workdir runs/frozen
 Data:      FOLDER/cifar10/cifar10_small_uint8.npz
 Hardware:  2 CPU cores.
 Expected:  see docs/results.md.
@@ -23,7 +23,7 @@ def get_config() -> Config:
         task=TaskConfig(name="image_classification"),
         model=ModelConfig(
             family="resnet",
-            pretrained="microsoft/resnet-18",
+            pretrained="runs/cifar10_hf",
             replace_head=True,
             freeze=("^resnet/",),
             batch_norm="frozen",

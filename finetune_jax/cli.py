@@ -60,14 +60,15 @@ class Evaluate:
     def __call__(self) -> int:
         from finetune_jax.evaluate import evaluate_model
 
-        config = None if self.config is None and self.overrides == Config() else self.overrides
-        result = evaluate_model(self.model, config, self.split, self.step)
+        output = writable(self.output)
+        known = self.config is not None or saved_config(self.model) is not None
+        result = evaluate_model(self.model, self.overrides if known else None, self.split, self.step)
         print(result.report, file=sys.stderr)
         text = json.dumps(result.metrics, indent=2) + "\n"
-        if self.output == "-":
+        if output is None:
             sys.stdout.write(text)
         else:
-            Path(self.output).write_text(text, encoding="utf-8")
+            output.write_text(text, encoding="utf-8")
         return 0
 
 
@@ -92,8 +93,9 @@ class Predict:
         from finetune_jax.job import open_model
         from finetune_jax.predict import predict_file
 
+        output = writable(self.output)
         job, weights = open_model(self.model, step=self.step)
-        predict_file(job, weights, self.input, self.output, batch_size=self.batch_size, logits=self.logits)
+        predict_file(job, weights, self.input, output, batch_size=self.batch_size, logits=self.logits)
         return 0
 
 
@@ -113,7 +115,9 @@ class Export:
     def __call__(self) -> int:
         from finetune_jax.export import export
 
-        difference = export(Path(self.run), Path(self.output), step=self.step, verify=self.verify)
+        difference = export(
+            Path(self.run).expanduser(), Path(self.output).expanduser(), step=self.step, verify=self.verify
+        )
         if difference is not None:
             print(f"largest logit difference: {difference:.3g}")
         print(self.output)
@@ -177,17 +181,35 @@ def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Doctor:
 
 
 def _recipe(words: list[str]) -> Config:
-    """The recipe that --config names, or the one a begun run folder keeps, or the defaults."""
-    given = {name: value for name, value in itertools.pairwise(words) if name in ("--config", "--workdir")}
-    given |= {
-        word.split("=", 1)[0]: word.split("=", 1)[1]
-        for word in words
-        if word.startswith(("--config=", "--workdir="))
-    }
+    """The recipe that --config names, or the one that a run folder keeps, or the defaults."""
+    given = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    given |= dict(itertools.pairwise(words))
     if "--config" in given:
         return load_recipe(given["--config"])
-    saved = Path(given.get("--workdir", "")).expanduser() / "config.json"
-    return load_saved(saved) if "--workdir" in given and saved.is_file() else Config()
+    file = saved_config(given.get("--workdir", given.get("--model", "")))
+    return load_saved(file) if file else Config()
+
+
+def saved_config(run: str) -> Path | None:
+    """The config.json of a run folder; None where this is none."""
+    folder = Path(run).expanduser()
+    return folder / "config.json" if run and (folder / "manifest.json").is_file() else None
+
+
+def writable(output: str) -> Path | None:
+    """Where results go, None for standard output; known before the work is done.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    if output == "-":
+        return None
+    path = Path(output).expanduser()
+    if not path.parent.is_dir() or path.is_dir():
+        raise UserError(
+            f"output {output} cannot be written: {path.parent if not path.is_dir() else path} is no folder for it"
+        )
+    return path
 
 
 def check_names(words: list[str], known: list[str]) -> None:

@@ -310,7 +310,7 @@ def from_dict(values: dict[str, Any], where: str) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain JSON values; `from_dict` takes them back."""
-    return ADAPTER.dump_python(config, mode="json")
+    return ADAPTER.dump_python(config, mode="json", warnings=False)  # `validate` speaks of wrong types
 
 
 def load_saved(path: Path) -> Config:

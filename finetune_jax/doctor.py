@@ -10,16 +10,9 @@ import jax
 from finetune_jax import __version__
 
 NEEDED = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "clu",
-    "tensorflow-datasets",
-    "array-record",
-    "grain",
-)
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "array-record", "tokenizers",
+    "safetensors", "huggingface-hub", "scikit-learn", "pillow", "clu", "tensorboard",
+)  # fmt: skip
 OPTIONAL = (
     ("torch", "torch", "runs the parity tests", "pip install 'finetune-jax[test]'"),
     ("libtpu", "libtpu", "runs on Cloud TPU", "pip install 'finetune-jax[tpu]'"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from finetune_jax import __version__, config
+from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import export_tensors
@@ -43,13 +45,16 @@ def export(run: Path, output: Path, *, step: str = "best", verify: bool = False)
         raise UserError(f"{output} exists already; name a new folder or remove it")
     if not is_run(run):
         raise UserError(f"{run} is not a run folder; name the --workdir of finetune-jax train")
-    job, weights = open_model(str(run), step=step)
+    checkpoints = Checkpoints(run)
+    number = checkpoints.choose(step)
+    checkpoints.close()
+    job, weights = open_model(str(run), step=str(number))
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     try:
         save_model_folder(job, draft)
         files.save_tensors(draft, export_tensors(job.family, jax.device_get(weights)))
-        (draft / CARD_FILE).write_text(model_card(run, job, step), encoding="utf-8")
+        (draft / CARD_FILE).write_text(model_card(run, job, number), encoding="utf-8")
         difference = largest_difference(job, weights, draft) if verify else None
         os.chmod(draft, 0o755)  # mkdtemp made it private
         os.rename(draft, output)
@@ -89,28 +94,27 @@ def sample_batch(job: Job) -> dict[str, np.ndarray]:
     }
 
 
-def model_card(run: Path, job: Job, step: str) -> str:
-    """Markdown: data, hyper-parameters and metrics of the run."""
+def model_card(run: Path, job: Job, step: int) -> str:
+    """Markdown: data, hyper-parameters and metrics of the run; `step` is the checkpoint's."""
     saved = config.load_saved(run / CONFIG_FILE)
     result = json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}
     manifest = json.loads((run / MANIFEST_FILE).read_text("utf-8"))
     base = saved.model.pretrained
     lines = ["---", "library_name: transformers", "tags: [finetune-jax, jax, flax]"]
-    if base and not base.startswith(("package:", ".", "/", "~", "$")):
+    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a hub id
         lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {job.task.architecture}", ""]
-    lines.append(
-        f"Fine-tuned with finetune_jax {__version__} from {base or 'random weights'}; checkpoint: {step}."
-    )
+    lines.append(f"Fine-tuned with finetune_jax {__version__} from {base or 'random weights'}; step {step}.")
     lines += ["", "## Data", "", manifest["data"], ""]
     if job.task.labels:
         lines += [f"Labels: {', '.join(job.task.labels)}.", ""]
     lines += ["## Metrics", ""]
-    lines += (
-        _metric_table(result.get("metrics", {}))
-        if result
-        else ["The run had not ended when this was written.", ""]
-    )
+    if not result:
+        lines += ["The run had not ended when this was written.", ""]
+    elif result["best_step"] != step:
+        lines += [f"The run measured step {result['best_step']}, its best, and not this one.", ""]
+    else:
+        lines += _metric_table(result["metrics"])
     lines += ["## Hyper-parameters", "", "```json"]
     shown = {
         name: value

@@ -248,7 +248,8 @@ def _task_of(checkpoint: Checkpoint, max_length: int | None) -> Task:
         if checkpoint.family == "bert":
             tokenizer = load_tokenizer(checkpoint.folder)
             limit = int(checkpoint.hf_config.get("max_position_embeddings", 512))
-            values |= {"tokenizer": tokenizer, "max_length": min(max_length or limit, limit), "cache": None}
+            length = min(max_length or tokenizer.max_length or limit, limit)
+            values |= {"tokenizer": tokenizer, "max_length": length, "cache": None}
         else:
             file = checkpoint.folder / PREPROCESSOR_FILE
             if not file.is_file():

@@ -35,9 +35,9 @@ def read_lines(lines: Iterable[bytes], where: str) -> Iterator[tuple[str, dict[s
 
 
 def predict_file(
-    job: Job, weights: Flat, source: str, output: str, *, batch_size: int = 64, logits: bool = False
+    job: Job, weights: Flat, source: str, output: Path | None, *, batch_size: int = 64, logits: bool = False
 ) -> int:
-    """JSONL file (or - for standard input) to JSONL file (or - for standard output); returns the number of lines.
+    """JSONL file (or - for standard input) to JSONL file (None: standard output); returns the number of lines.
 
     A file is written beside its place and renamed, so that an error leaves what was there.
     """
@@ -52,10 +52,10 @@ def predict_file(
     rows, places = [row for _, row in pairs], [place for place, _ in pairs]
     made = predict(job, weights, rows, places=places, batch_size=batch_size, logits=logits)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
-    if output == "-":
+    if output is None:
         sys.stdout.write(text)
     else:
-        draft = Path(output + ".draft")
+        draft = output.with_name(output.name + ".draft")
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, output)
     return len(made)

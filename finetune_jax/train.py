@@ -138,6 +138,8 @@ def train(
         for split in examples
         if split != "train"
     }
+    for forward in forwards.values():
+        forward.compile(state.weights)
     say_compiled(train_step, time.perf_counter() - compiling)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -315,6 +317,8 @@ def announce(
     """What is about to be trained, on what."""
     say(f"{job.task.architecture}: {note}")
     say(parameter_table(state))
+    if state.model_state and getattr(job.task, "batch_norm", "") == "train" and state.frozen:
+        say("model.batch-norm is train: running averages move in frozen layers too; frozen keeps them")
     devices = job.mesh.devices.flat
     say(f"mesh {dict(job.mesh.shape)} on {len(devices)} {devices[0].device_kind} device(s)")
     shape = batches.shape
@@ -332,14 +336,14 @@ def announce(
 
 
 def say_compiled(compiled: Any, seconds: float) -> None:
-    """Time and memory of the compiled step."""
+    """Time that compiling took, and memory of the train step."""
     memory = compiled.memory_analysis()
     if memory is None:
-        say(f"train step compiled in {seconds:.1f} s")
+        say(f"compiled in {seconds:.1f} s")
         return
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     say(
-        f"train step compiled in {seconds:.1f} s; {peak / 1e6:,.0f} MB a device, of which"
+        f"compiled in {seconds:.1f} s; train step: {peak / 1e6:,.0f} MB a device, of which"
         f" {memory.temp_size_in_bytes / 1e6:,.0f} MB temporary, {memory.alias_size_in_bytes / 1e6:,.0f} MB updated in place"
     )
 

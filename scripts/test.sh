@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the project with its test extras into .venv-test (or the environment that is active) and runs all tests.
+# Installs the project with its test extras into .venv-test-VERSION and runs all tests.
 #   ./scripts/test.sh [pytest options]
 #   PYTHON=python3.13 ./scripts/test.sh --smoke    import, train digits for 20 steps, resume, predict, export; no torch
 set -euo pipefail

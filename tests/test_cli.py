@@ -1,5 +1,7 @@
 """The commands as a user calls them; bad input is one line, exit code 2, and nothing written."""
 
+import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from finetune_jax import cli
+from finetune_jax import config as config_module
 from finetune_jax.config import Config, field_paths, from_dict, load_recipe, to_dict, validate
 from finetune_jax.errors import UserError
 from tests import tiny
@@ -40,11 +43,19 @@ def run(tmp_path, recipe, capsys):
     return tmp_path / "run"
 
 
+def close(figures):
+    """Equal to 1e-6; the confusion matrix exactly."""
+    return {n: pytest.approx(v, abs=1e-6) if isinstance(v, float) else v for n, v in figures.items()}
+
+
 def test_train_evaluate_predict_export(tmp_path, recipe, run, capsys):
     assert call("evaluate", "--model", run, "--split", "test") == 0
     from_run = json.loads(capsys.readouterr().out)
     result = json.loads((run / "result.json").read_text())
-    assert from_run == pytest.approx(result["metrics"]["test"], abs=1e-6)
+    assert from_run == close(result["metrics"]["test"])
+
+    assert call("evaluate", "--model", run, "--evaluation.batch-size", "4", "--data.no-packing") == 0
+    assert json.loads(capsys.readouterr().out) == close(from_run), "overrides keep the run's own config"
 
     assert call("export", "--run", run, "--output", tmp_path / "hf", "--verify") == 0
     said = capsys.readouterr().out
@@ -52,7 +63,7 @@ def test_train_evaluate_predict_export(tmp_path, recipe, run, capsys):
     assert (
         call("evaluate", "--model", tmp_path / "hf", "--config", recipe, "--output", tmp_path / "m.json") == 0
     )
-    assert json.loads((tmp_path / "m.json").read_text()) == pytest.approx(from_run, abs=1e-6)
+    assert json.loads((tmp_path / "m.json").read_text()) == close(from_run)
 
     rows = [{"text": "the cat sat"}, {"text": "ann ran to rome"}, {"text": ""}]
     tiny.write_jsonl(tmp_path / "in.jsonl", rows)
@@ -70,7 +81,7 @@ def test_train_evaluate_predict_export(tmp_path, recipe, run, capsys):
 
 def test_a_begun_run_needs_only_its_folder(run, capsys):
     assert call("train", "--workdir", run) == 0
-    assert "resumed at step 4" in capsys.readouterr().err
+    assert "is complete: 4 updates are done" in capsys.readouterr().err
 
 
 def test_overrides_and_python_module(tmp_path, recipe):
@@ -200,6 +211,14 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
         (["predict", "--model", "{run}", "--input", "/nowhere"], "input /nowhere does not exist"),
         (["evaluate", "--model", "{run}", "--splt", "test"], "unknown option --splt; did you mean --split?"),
         (["export", "--run", "{run}", "--output", "{run}"], "exists already"),
+        (
+            ["predict", "--model", "{run}", "--output", "/nowhere/out.jsonl"],
+            "output /nowhere/out.jsonl cannot be written",
+        ),
+        (
+            ["evaluate", "--model", "{run}", "--output", "/nowhere/out.json"],
+            "output /nowhere/out.json cannot be written",
+        ),
     ],
 )
 def test_bad_commands(words, message, run, capsys):
@@ -238,24 +257,13 @@ def test_every_recipe_of_the_project_is_valid():
 
 
 def test_each_field_has_a_meaning():
-    import dataclasses
-    import inspect
-
-    from finetune_jax import config
-
-    source = inspect.getsource(config)
-    for name in (
-        "TaskConfig",
-        "ModelConfig",
-        "ImageConfig",
-        "DataConfig",
-        "OptimConfig",
-        "TrainConfig",
-        "MeshConfig",
-    ):
-        for field in dataclasses.fields(getattr(config, name)):
-            at = source.index(f"    {field.name}:", source.index(f"class {name}"))
-            assert source[at:].split("\n")[1].strip().startswith('"""'), f"{name}.{field.name}"
+    """A string stands behind each field of config.py; tyro shows it as the help."""
+    tree = ast.parse(inspect.getsource(config_module))
+    for found in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Config"):
+        body = [node for node in found.body if not isinstance(node, ast.Assign)][1:]  # without the docstring
+        for field, meaning in zip(body[::2], body[1::2], strict=True):
+            assert isinstance(field, ast.AnnAssign), ast.unparse(field)
+            assert isinstance(meaning, ast.Expr), f"{found.name}: {ast.unparse(field)}"
     assert "optim.learning-rate" in field_paths()
     assert "data.image.size" in field_paths()
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from finetune_jax.data.pipeline import Batches, evaluation_shape, train_shape
 from finetune_jax.errors import UserError
@@ -17,6 +18,7 @@ from finetune_jax.sharding import place_rows
 from finetune_jax.state import create_state, initial_weights
 from finetune_jax.step import make_forward, make_train_step
 from finetune_jax.tasks.base import cross_entropy, resolve_class_weights
+from finetune_jax.tree import unflatten
 from tests import tiny
 
 replace = dataclasses.replace
@@ -75,31 +77,28 @@ def test_micro_batches_are_one_batch(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sequence_classification", "token_classification"])
 def test_packed_batch_has_the_loss_and_gradient_of_unpadded_examples(kind, tmp_path):
-    config = replace(text(tmp_path, kind, packing=True), train=tiny.TrainConfig(batch_size=16))
+    config = replace(text(tmp_path, kind, packing=True), train=tiny.TrainConfig(batch_size=6))
     job, examples, state, _ = setup(config)
     features = examples["train"]
-    shape = train_shape(features, 16, 32, True, 1)
+    shape = train_shape(features, 6, 32, True, 1)
     batches = Batches(features, shape, 0, True)
     where = batches.placement(0)
     assert len(set(where.row)) < len(where.row), "several examples in a row"
 
     def loss(weights, batch):
-        from flax import nnx
-
-        from finetune_jax.tree import unflatten
-
         model = nnx.merge(job.parts.graphdef, unflatten(weights), copy=True)
         total, weight = job.task.loss(job.task.logits(model, batch, None), batch)
         return total, weight
 
-    packed, packed_grad = jax.value_and_grad(loss, has_aux=True)(state.weights, batches[0])
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    packed, packed_grad = gradient(state.weights, batches[0])
     singles, single_grad, weight_sum = 0.0, None, 0.0
     for segment in where.segment:
         length = int(features.lengths[segment])
         alone = dataclasses.replace(shape, rows=1, length=length, segments=1)
         place = type(where)(np.array([segment]), np.zeros(1, int), np.zeros(1, int), np.zeros(1, int))
         batch = features.assemble(place, alone, None)
-        (part, weight), grad = jax.value_and_grad(loss, has_aux=True)(state.weights, batch)
+        (part, weight), grad = gradient(state.weights, batch)
         singles, weight_sum = singles + float(part), weight_sum + float(weight)
         single_grad = grad if single_grad is None else jax.tree.map(jnp.add, single_grad, grad)
     assert float(packed[1]) == weight_sum

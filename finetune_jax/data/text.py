@@ -23,7 +23,8 @@ from finetune_jax.errors import UserError
 
 FEATURES_VERSION = 1  # part of the cache key: raise it when the features of the same text change
 CHUNK = 4096  # records tokenised at a time
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, "special_tokens_map.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class TextTokenizer:
     fingerprint: str
     unknown_id: int
     lower_case: bool
+    max_length: int | None
+    """model_max_length, where the files say one"""
 
     @property
     def vocab_size(self) -> int:
@@ -50,8 +53,8 @@ def load_tokenizer(source: Path) -> TextTokenizer:
     folder = source if source.is_dir() else source.parent
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     settings: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if (folder / CONFIG_FILE).is_file():
+        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     lower = bool(settings.get("do_lower_case", True))
     vocab = source if source.is_file() else folder / "vocab.txt"
     try:
@@ -74,25 +77,26 @@ def load_tokenizer(source: Path) -> TextTokenizer:
     if unknown is None:
         raise UserError(f"{source}: the vocabulary has no [UNK]; name a BERT tokenizer")
     digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
-    return TextTokenizer(backend, files, digest, unknown, lower)
+    stated = settings.get("model_max_length")
+    limit = int(stated) if isinstance(stated, int) and 0 < stated < 10**6 else None  # huge stands for none
+    return TextTokenizer(backend, files, digest, unknown, lower, limit)
 
 
 def save_tokenizer(tokenizer: TextTokenizer, folder: Path, max_length: int) -> None:
-    """Write the tokenizer so that transformers' AutoTokenizer opens the folder."""
+    """Write the tokenizer so that transformers' AutoTokenizer opens the folder, and cuts where training did."""
     for file in tokenizer.files:
         shutil.copyfile(file, folder / file.name)
     if not (folder / "tokenizer.json").is_file():
         tokenizer.backend.save(str(folder / "tokenizer.json"))
-    if not (folder / "tokenizer_config.json").is_file():
-        special = {f"{n}_token": f"[{n.upper()}]" for n in ("unk", "sep", "pad", "cls", "mask")}
-        config = {
-            "tokenizer_class": "BertTokenizer",
-            "do_lower_case": tokenizer.lower_case,
-            "model_max_length": max_length,
-        }
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(config | special, indent=2) + "\n", encoding="utf-8"
-        )
+    place = folder / CONFIG_FILE
+    config: dict[str, Any]
+    if place.is_file():
+        config = json.loads(place.read_text(encoding="utf-8"))
+    else:
+        config = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+        config |= {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lower_case}
+    config["model_max_length"] = max_length
+    place.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
