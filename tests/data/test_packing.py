@@ -1,5 +1,8 @@
 """Plans of batches: everything once, nothing overlapping, little padding, the same on every call."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -91,3 +94,17 @@ def test_steps_and_places():
     assert epochs.steps(2) == 6
     assert epochs.steps(1.5) == 5
     assert epochs.steps(0.1) == 1
+
+
+def test_threads_that_read_ahead_do_not_disturb_each_other():
+    """Loader threads and the loop share one Epochs; where a step lies must not depend on who asks first."""
+    expected = [(step // 3, step % 3) for step in range(120)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(30):
+            epochs = Epochs(10, RowShape(4, 1, 1), 0, None, False)
+            with ThreadPoolExecutor(8) as pool:
+                assert list(pool.map(epochs.locate, range(120))) == expected
+    finally:
+        sys.setswitchinterval(before)
