@@ -174,6 +174,15 @@ def test_exported_checkpoint_is_fine_tuned_again(exported, tmp_path, monkeypatch
     assert json.loads((tmp_path / "other/manifest.json").read_text())["labels"] == ["cat", "no"]
 
 
+def test_a_checkpoint_of_another_architecture_is_refused(exported, tmp_path):
+    task, _, folder = exported
+    other = "sequence_classification" if task == "image_classification" else "image_classification"
+    config = config_of(other, tmp_path)
+    with pytest.raises(UserError, match=r"is a (bert|resnet) checkpoint, model.family is (bert|resnet)"):
+        loop.train(replace(config, model=replace(config.model, pretrained=str(folder))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_predicts_with_a_checkpoint_of_transformers(tmp_path):
     """A folder that we did not write."""
     torch.manual_seed(0)
