@@ -146,7 +146,7 @@ def test_each_step_is_traced_once(kind, task, tmp_path, one_device, monkeypatch)
     config = replace(config, evaluation=EvaluationConfig(every_steps=3))
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=one_device, stop_at=7)
-    assert traces == {"train": 1, "forward": 1}
+    assert traces == {"train": 1, "forward": 2}
     traces.clear()
     loop.train(config, tmp_path / "run", devices=one_device)
     assert traces == {"train": 1, "forward": 2}
