@@ -90,18 +90,21 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x_BxLxD: jax.Array, visible_Bx1xLxL: jax.Array, key: jax.Array | None) -> jax.Array:
         B, L, D = x_BxLxD.shape
-        heads = (B, L, self.heads, D // self.heads)
-        query_BxLxNxH = self.query(x_BxLxD).reshape(heads)
-        key_BxLxNxH = self.key(x_BxLxD).reshape(heads)
-        value_BxLxNxH = self.value(x_BxLxD).reshape(heads)
+
+        def by_head(x_BxLxD: jax.Array) -> jax.Array:
+            return x_BxLxD.reshape(B, L, self.heads, D // self.heads).swapaxes(1, 2)
+
+        # Heads beside the batch before the products, not inside them: XLA's CPU backend is three times faster so.
+        query_BxNxLxH, key_BxNxLxH = by_head(self.query(x_BxLxD)), by_head(self.key(x_BxLxD))
+        value_BxNxLxH = by_head(self.value(x_BxLxD))
         scores_BxNxLxL = jnp.einsum(
-            "bqnh,bknh->bnqk", query_BxLxNxH, key_BxLxNxH, preferred_element_type=jnp.float32
-        ) * (heads[-1] ** -0.5)
+            "bnqh,bnkh->bnqk", query_BxNxLxH, key_BxNxLxH, preferred_element_type=jnp.float32
+        ) * ((D // self.heads) ** -0.5)
         # The lowest float, not -inf: with segments each position sees itself, but no mask may ever give NaN.
         scores_BxNxLxL = jnp.where(visible_Bx1xLxL, scores_BxNxLxL, jnp.finfo(jnp.float32).min)
         weights_BxNxLxL = dropout(jax.nn.softmax(scores_BxNxLxL, axis=-1), self.dropout_rate, key)
-        mixed_BxLxNxH = jnp.einsum("bnqk,bknh->bqnh", weights_BxNxLxL.astype(self.dtype), value_BxLxNxH)
-        return mixed_BxLxNxH.reshape(B, L, D)
+        mixed_BxNxLxH = jnp.einsum("bnqk,bnkh->bnqh", weights_BxNxLxL.astype(self.dtype), value_BxNxLxH)
+        return mixed_BxNxLxH.swapaxes(1, 2).reshape(B, L, D)
 
 
 class Output(nnx.Module):
