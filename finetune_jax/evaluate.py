@@ -58,37 +58,21 @@ class Forward:
     def logits(self, weights: Flat) -> tuple[np.ndarray, metrics.Sums]:
         """Logits of all segments (or pieces) in the split's order, and the sums of the loss."""
         self.compile(weights)
-        collected: np.ndarray | None = None
+        collected = np.zeros((self._examples.outputs, self._job.task.num_labels), np.float32)
         sums: metrics.Sums = {}
-        pending: tuple[int, Any] | None = None
+        pending: list[tuple[int, Any]] = []
         batches = device_batches(self._batches, self._job.mesh, 0, self._threads)
         for step, batch in enumerate(batches):
-            output = self._compiled(weights, batch)
-            if pending is not None:  # read one batch late: the device works on while the host copies
-                collected, sums = self._collect(collected, sums, *pending)
-            pending = (step, output)
-        assert pending is not None
-        collected, sums = self._collect(collected, sums, *pending)
-        assert collected is not None
-        return collected, sums
+            pending.append((step, self._compiled(weights, batch)))
+            if step:  # read one batch late: the device works on while the host copies
+                sums = self._collect(collected, sums, *pending.pop(0))
+        return collected, self._collect(collected, sums, *pending.pop())
 
-    def _collect(
-        self, into: np.ndarray | None, sums: metrics.Sums, step: int, output: Any
-    ) -> tuple[np.ndarray, metrics.Sums]:
+    def _collect(self, into: np.ndarray, sums: metrics.Sums, step: int, output: Any) -> metrics.Sums:
         logits, part = jax.device_get(output)
-        where = self._batches.placement(step)
-        offsets = getattr(self._examples, "offsets", None)
-        per_piece = logits.ndim == 3 and getattr(self._examples, "words", np.zeros(0)).size > 0
-        if into is None:
-            count = int(offsets[-1]) if per_piece and offsets is not None else len(self._examples)
-            into = np.zeros((count, logits.shape[-1]), np.float32)
-        if per_piece and offsets is not None:
-            for segment, row, start in zip(where.segment, where.row, where.start, strict=True):
-                first, end = int(offsets[segment]), int(offsets[segment + 1])
-                into[first:end] = logits[row, start : start + end - first]
-        else:
-            into[where.segment] = logits[where.row, where.slot] if logits.ndim == 3 else logits[where.row]
-        return into, metrics.add_sums(sums, part)
+        numbers, rows = self._examples.gather(logits, self._batches.placement(step))
+        into[numbers] = rows
+        return metrics.add_sums(sums, part)
 
 
 def evaluate(forward: Forward, job: Job, examples: Examples, weights: Flat) -> Evaluation:

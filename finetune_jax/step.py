@@ -40,31 +40,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        if accumulation == 1:
-            (total, (weight, statistics)), grads = gradient(
-                state.params, state.frozen, state.model_state, batch, key
-            )
-        else:
-
-            def micro(carry: Any, part: Any) -> tuple[Any, None]:
-                total, weight, statistics, grads = carry
-                index, rows = part
-                (new_total, (new_weight, statistics)), new = gradient(
-                    state.params, state.frozen, statistics, rows, jax.random.fold_in(key, index)
-                )
-                return (
-                    total + new_total,
-                    weight + new_weight,
-                    statistics,
-                    jax.tree.map(jnp.add, grads, new),
-                ), None
-
-            zero = jnp.zeros((), jnp.float32)
-            start = (zero, zero, state.model_state, jax.tree.map(jnp.zeros_like, state.params))
-            rows = {name: _micro_batches(value, accumulation) for name, value in batch.items()}
-            (total, weight, statistics, grads), _ = jax.lax.scan(
-                micro, start, (jnp.arange(accumulation), rows)
-            )
+        total, weight, statistics, grads = summed_gradient(gradient, state, batch, key, accumulation)
         safe = jnp.maximum(
             weight, 1e-12
         )  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
@@ -89,6 +65,30 @@ def make_train_step(
         return new, sums
 
     return train_step
+
+
+def summed_gradient(
+    gradient: Any, state: TrainState, batch: DeviceBatch, key: jax.Array, accumulation: int
+) -> tuple[jax.Array, jax.Array, Flat, Flat]:
+    """(loss sum, weight sum, BatchNorm averages, gradient of the loss sum) over the micro-batches, in turn."""
+
+    def of(statistics: Flat, rows: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat, Flat]:
+        (total, (weight, statistics)), grads = gradient(state.params, state.frozen, statistics, rows, key)
+        return total, weight, statistics, grads
+
+    if accumulation == 1:
+        return of(state.model_state, batch, key)
+
+    def micro(carry: Any, part: Any) -> tuple[Any, None]:
+        total, weight, statistics, grads = carry
+        index, rows = part
+        more, more_weight, statistics, new = of(statistics, rows, jax.random.fold_in(key, index))
+        return (total + more, weight + more_weight, statistics, jax.tree.map(jnp.add, grads, new)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, state.model_state, jax.tree.map(jnp.zeros_like, state.params))
+    rows = {name: _micro_batches(value, accumulation) for name, value in batch.items()}
+    return jax.lax.scan(micro, start, (jnp.arange(accumulation), rows))[0]
 
 
 def _micro_batches(value: jax.Array, count: int) -> jax.Array:

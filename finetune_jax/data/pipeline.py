@@ -38,7 +38,12 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def outputs(self) -> int: ...
+
     def tokens_of(self, segments: np.ndarray) -> int: ...
+
+    def gather(self, logits: np.ndarray, where: Placement) -> tuple[np.ndarray, np.ndarray]: ...
 
     def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> Batch: ...
 
@@ -65,9 +70,18 @@ class ImageExamples:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def outputs(self) -> int:
+        """Rows of logits for the whole split."""
+        return len(self)
+
     def tokens_of(self, segments: np.ndarray) -> int:
         """Images have no tokens."""
         return 0
+
+    def gather(self, logits: np.ndarray, where: Placement) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers, rows) of a batch's outputs, from logits BxC."""
+        return where.segment, logits[where.row]
 
     def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> Batch:
         """uint8 `pixels` BxHxWxC (normalised on the device), labels and weights B.

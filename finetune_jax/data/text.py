@@ -132,6 +132,25 @@ class TextFeatures:
         """Word pieces in these segments: the real tokens of a batch."""
         return int((self.offsets[segments + 1] - self.offsets[segments]).sum())
 
+    @property
+    def outputs(self) -> int:
+        """Rows of logits for the whole split: one a piece in token tasks, else one a segment."""
+        return len(self.input_ids) if self.words.size else len(self)
+
+    def gather(self, logits: np.ndarray, where: Placement) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers, rows) of a batch's outputs, from logits BxLxC in token tasks, else BxSxC."""
+        if not self.words.size:
+            return where.segment, logits[where.row, where.slot]
+        flat, row, column, _ = self._pieces(where)
+        return flat, logits[row, column]
+
+    def _pieces(self, where: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(number in the split, row, column, position in the segment) of each piece of a batch."""
+        lengths = self.lengths[where.segment]
+        step = positions(lengths)
+        flat = np.repeat(self.offsets[where.segment], lengths) + step
+        return flat, np.repeat(where.row, lengths), np.repeat(where.start, lengths) + step, step
+
     def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> dict[str, np.ndarray]:
         """A batch: rows B, length L, slots S (see models/bert.py for what each array means).
 
@@ -142,15 +161,11 @@ class TextFeatures:
         ids, types = np.zeros(size, np.int32), np.zeros(size, np.int32)
         places, segments = np.zeros(size, np.int32), np.zeros(size, np.int32)
         first = np.zeros((shape.rows, shape.segments), np.int32)
-        lengths = self.lengths[where.segment]
-        step = positions(lengths)
-        flat = np.repeat(self.offsets[where.segment], lengths) + step
-        row = np.repeat(where.row, lengths)
-        column = np.repeat(where.start, lengths) + step
+        flat, row, column, step = self._pieces(where)
         ids[row, column] = self.input_ids[flat]
         types[row, column] = self.token_type_ids[flat]
         places[row, column] = step
-        segments[row, column] = np.repeat(where.slot + 1, lengths)
+        segments[row, column] = np.repeat(where.slot + 1, self.lengths[where.segment])
         first[where.row, where.slot] = where.start
         if self.words.size:
             labels, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
