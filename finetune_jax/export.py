@@ -106,8 +106,6 @@ def model_card(run: Path, job: Job, step: int) -> str:
     lines += ["---", "", f"# {job.task.architecture}", ""]
     lines.append(f"Fine-tuned with finetune_jax {__version__} from {base or 'random weights'}; step {step}.")
     lines += ["", "## Data", "", manifest["data"], ""]
-    if job.task.labels:
-        lines += [f"Labels: {', '.join(job.task.labels)}.", ""]
     lines += ["## Metrics", ""]
     if not result:
         lines += ["The run had not ended when this was written.", ""]
