@@ -5,7 +5,6 @@ TensorFlow is imported here only, because CLU writes event files with it, after 
 """
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -17,7 +16,6 @@ import jax
 from tqdm import tqdm
 
 FILE = "metrics.jsonl"
-log = logging.getLogger("finetune_jax")
 
 
 class Writer:
