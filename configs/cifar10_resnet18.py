@@ -1,4 +1,7 @@
-"""CIFAR-10 at 32x32, ResNet-18 from random weights (no pooling before the stages, as is usual at this size).
+"""CIFAR-10 at 32x32, ResNet-18 from random weights.
+
+The network is transformers' ResNet with its 7x7 stem and pooling, made for larger images: the stages see maps of 8x8
+down to 1x1, and it learns less than the ResNets built for 32x32, which no Hugging Face config describes.
 
 Command:   FINETUNE_JAX_DATA=FOLDER finetune-jax train --config configs/cifar10_resnet18.py --workdir runs/cifar10
 Data:      FOLDER/cifar10/cifar10_jpeg_train.npz and cifar10_jpeg_test.npz

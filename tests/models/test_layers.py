@@ -1,4 +1,4 @@
-"""Dropout, max pooling and batch normalisation, each against torch or against its definition."""
+"""Dropout, convolution, max pooling and batch normalisation, each against torch or against its definition."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 import torch
 from flax import nnx
 
-from finetune_jax.models.layers import BatchNorm, dropout, max_pool
+from finetune_jax.models.layers import BatchNorm, Conv, dropout, max_pool
 
 
 @pytest.mark.parametrize("width", [64, 63])
@@ -26,6 +26,30 @@ def test_dropout_without_key_or_rate_is_nothing():
     x = jnp.arange(6.0).reshape(2, 3)
     assert dropout(x, 0.5, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 2), (3, 1), (2, 9), (5, 6), (9, 8)], ids=str)
+def test_convolution_and_its_gradients(kernel, stride, size):
+    """Also where outer taps see padding only, and where a matrix product stands in for the convolution."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+    conv = Conv(3, 4, kernel, stride, nnx.initializers.normal(1.0), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(conv)
+    value, back = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, jnp.asarray(x))
+    weight = torch.from_numpy(np.asarray(conv.kernel[...]).transpose(3, 2, 0, 1).copy()).requires_grad_()
+    tensor = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).requires_grad_()
+    expected = torch.nn.functional.conv2d(tensor, weight, stride=stride, padding=kernel // 2)
+    np.testing.assert_allclose(value, expected.detach().numpy().transpose(0, 2, 3, 1), atol=1e-4, rtol=1e-5)
+    pull = rng.normal(size=value.shape).astype(np.float32)
+    expected.backward(torch.from_numpy(pull.transpose(0, 3, 1, 2).copy()))
+    kernel_gradient, x_gradient = back(jnp.asarray(pull))
+    assert weight.grad is not None and tensor.grad is not None
+    np.testing.assert_allclose(
+        kernel_gradient["kernel"][...], weight.grad.numpy().transpose(2, 3, 1, 0), atol=1e-4, rtol=1e-5
+    )
+    np.testing.assert_allclose(x_gradient, tensor.grad.numpy().transpose(0, 2, 3, 1), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(7, 8), (8, 7), (1, 2)])
