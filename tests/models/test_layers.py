@@ -45,7 +45,8 @@ def test_convolution_and_its_gradients(kernel, stride, size):
     pull = rng.normal(size=value.shape).astype(np.float32)
     expected.backward(torch.from_numpy(pull.transpose(0, 3, 1, 2).copy()))
     kernel_gradient, x_gradient = back(jnp.asarray(pull))
-    assert weight.grad is not None and tensor.grad is not None
+    assert weight.grad is not None
+    assert tensor.grad is not None
     np.testing.assert_allclose(
         kernel_gradient["kernel"][...], weight.grad.numpy().transpose(2, 3, 1, 0), atol=1e-4, rtol=1e-5
     )

@@ -32,7 +32,9 @@ CASES = [
         id="bottleneck, stride in front, grey",
     ),
     pytest.param(
-        {"hidden_sizes": (8, 8, 12, 12), "depths": (1, 1, 2, 2)}, (32, 32), id="four stages, maps of one pixel"
+        {"hidden_sizes": (8, 8, 12, 12), "depths": (1, 1, 2, 2)},
+        (32, 32),
+        id="four stages, maps of one pixel",
     ),
 ]
 
