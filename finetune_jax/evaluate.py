@@ -9,10 +9,11 @@ import numpy as np
 
 from finetune_jax import metrics
 from finetune_jax.config import Config, load_saved
-from finetune_jax.data.pipeline import Batches, Examples, device_batches, evaluation_shape, parts_of
+from finetune_jax.data.pipeline import Batches, Examples, device_batches, evaluation_shape
 from finetune_jax.data.sources import load_source
 from finetune_jax.errors import UserError
 from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model
+from finetune_jax.sharding import batch_parts
 from finetune_jax.step import abstract_batch, compile_forward, make_forward
 from finetune_jax.tasks import TASKS
 from finetune_jax.tree import Flat
@@ -43,7 +44,7 @@ class Forward:
             packing: Several examples a row.
             threads: That read ahead.
         """
-        shape = evaluation_shape(examples, batch_size, max_length, packing, parts_of(job.mesh))
+        shape = evaluation_shape(examples, batch_size, max_length, packing, batch_parts(job.mesh))
         self._job, self._examples, self._threads = job, examples, threads
         self._batches = Batches(examples, shape, None, packing)
         self._compiled: Any = None

@@ -21,14 +21,14 @@ import numpy as np
 from finetune_jax import metrics
 from finetune_jax.checkpoint import Checkpoints, Progress
 from finetune_jax.config import Config, validate
-from finetune_jax.data.pipeline import Batches, device_batches, padding_share, parts_of, train_shape
+from finetune_jax.data.pipeline import Batches, device_batches, padding_share, train_shape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, evaluate
 from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source, pretrained_weights
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, start_run_folder, write_json
-from finetune_jax.sharding import Devices
+from finetune_jax.sharding import Devices, batch_parts
 from finetune_jax.state import create_state, initial_weights, parameter_counts, parameter_table
 from finetune_jax.step import abstract_batch, compile_train_step, make_train_step
 from finetune_jax.tasks.base import resolve_class_weights
@@ -81,7 +81,7 @@ def train(
         split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
         for split, records in source.splits.items()
     }
-    parts = parts_of(job.mesh, config.train.accumulation)
+    parts = batch_parts(job.mesh) * config.train.accumulation
     packing, max_length = config.data.packing, config.data.max_length
     shape = train_shape(examples["train"], config.train.batch_size, max_length, packing, parts)
     batches = Batches(examples["train"], shape, config.seed, packing)

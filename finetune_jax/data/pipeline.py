@@ -20,7 +20,7 @@ from finetune_jax.data.builders.decode import read_image
 from finetune_jax.data.image import ImageProcessor, augment, to_channels
 from finetune_jax.data.packing import Epochs, Placement, RowShape, packed_shape
 from finetune_jax.errors import UserError
-from finetune_jax.sharding import batch_parts, place_rows
+from finetune_jax.sharding import place_rows
 
 AHEAD = 2  # batches placed on the device before the loop asks for them
 
@@ -203,8 +203,3 @@ def device_batches(batches: Batches, mesh: Mesh, start: int, threads: int) -> It
             yield queue.popleft()
     while queue:
         yield queue.popleft()
-
-
-def parts_of(mesh: Mesh, accumulation: int = 1) -> int:
-    """What the rows of a batch must divide by."""
-    return batch_parts(mesh) * accumulation

@@ -87,6 +87,28 @@ class Task(abc.ABC):
         """Write the files that turn raw input into features: a tokenizer, or preprocessor_config.json."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassTask(Task):
+    """What the tasks that choose among named classes share."""
+
+    labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
+    class_weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+
+    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
+        """Cross-entropy over what has a label: a segment, a piece or an image."""
+        return cross_entropy(
+            logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
+        )
+
+    def predictions(
+        self, logits: np.ndarray, examples: Any, records: Records, raw: bool
+    ) -> list[dict[str, Any]]:
+        """`label`, `score`, `scores`."""
+        extra = [{"logits": row.tolist()} if raw else {} for row in logits]
+        return [class_prediction(self.labels, p) | e for p, e in zip(softmax(logits), extra, strict=True)]
+
+
 def cross_entropy(
     logits: jax.Array,
     labels: jax.Array,

@@ -14,19 +14,11 @@ from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.pipeline import ImageExamples
 from finetune_jax.errors import UserError
 from finetune_jax.models.resnet import ResNetForImageClassification
-from finetune_jax.tasks.base import (
-    LossSums,
-    Records,
-    Task,
-    class_prediction,
-    cross_entropy,
-    softmax,
-    text_field,
-)
+from finetune_jax.tasks.base import ClassTask, Records, text_field
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageClassification(Task):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageClassification(ClassTask):
     """One of several classes; pixels are normalised on the device, in float32."""
 
     architecture = "ResNetForImageClassification"
@@ -34,12 +26,9 @@ class ImageClassification(Task):
     metric = "accuracy"
     metric_names = (*metrics.CLASSIFICATION, "top_5")
 
-    labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
     processor: ImageProcessor
     channels: int
     batch_norm: str = "frozen"
-    class_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
     augmentation: str = "none"
     seed: int = 0
 
@@ -56,12 +45,6 @@ class ImageClassification(Task):
         update = key is not None and self.batch_norm == "train"
         return model(pixels, batch["weights"], update_statistics=update)
 
-    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
-        """Cross-entropy over the images."""
-        return cross_entropy(
-            logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
-        )
-
     def metrics(self, logits: np.ndarray, examples: ImageExamples) -> tuple[dict[str, Any], str]:
         """Accuracy (top-1), top-5, precision, recall, F1, Matthews, confusion matrix."""
         true = np.asarray(examples.records.columns(["label"])["label"], np.int64)
@@ -76,13 +59,6 @@ class ImageClassification(Task):
         if not path.is_file():
             raise UserError(f"{where}: there is no image {path}")
         return {"image": path}
-
-    def predictions(
-        self, logits: np.ndarray, examples: ImageExamples, records: Records, raw: bool
-    ) -> list[dict[str, Any]]:
-        """`label`, `score`, `scores`."""
-        extra = [{"logits": row.tolist()} if raw else {} for row in logits]
-        return [class_prediction(self.labels, p) | e for p, e in zip(softmax(logits), extra, strict=True)]
 
     def save_inputs(self, folder: Path) -> None:
         """preprocessor_config.json"""

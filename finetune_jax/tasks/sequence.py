@@ -12,15 +12,7 @@ import numpy as np
 from finetune_jax import metrics
 from finetune_jax.data.text import TextFeatures, TextTokenizer, cached, save_tokenizer, sequence_features
 from finetune_jax.models.bert import BertForSequenceClassification
-from finetune_jax.tasks.base import (
-    LossSums,
-    Records,
-    Task,
-    class_prediction,
-    cross_entropy,
-    softmax,
-    text_field,
-)
+from finetune_jax.tasks.base import ClassTask, LossSums, Records, Task, text_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +78,12 @@ class SequenceTask(TextTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class SequenceClassification(SequenceTask):
+class SequenceClassification(ClassTask, SequenceTask):
     """One of several classes."""
 
     problem_type = "single_label_classification"
     metric = "accuracy"
     metric_names = metrics.CLASSIFICATION
-
-    labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
-    class_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
-
-    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
-        """Cross-entropy over the segments."""
-        return cross_entropy(
-            logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
-        )
 
     def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
         """Accuracy, precision, recall, F1, Matthews, confusion matrix."""
@@ -109,13 +91,6 @@ class SequenceClassification(SequenceTask):
         return metrics.classification(true, predicted, len(self.labels)), metrics.report(
             true, predicted, self.labels
         )
-
-    def predictions(
-        self, logits: np.ndarray, examples: TextFeatures, records: Records, raw: bool
-    ) -> list[dict[str, Any]]:
-        """`label`, `score`, `scores`."""
-        extra = [{"logits": row.tolist()} if raw else {} for row in logits]
-        return [class_prediction(self.labels, p) | e for p, e in zip(softmax(logits), extra, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

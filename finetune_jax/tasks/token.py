@@ -12,7 +12,7 @@ from finetune_jax import metrics
 from finetune_jax.data.text import TextFeatures, token_features
 from finetune_jax.errors import UserError
 from finetune_jax.models.bert import BertForTokenClassification
-from finetune_jax.tasks.base import LossSums, Records, cross_entropy, softmax, text_field
+from finetune_jax.tasks.base import ClassTask, Records, softmax, text_field
 from finetune_jax.tasks.sequence import TextTask
 
 # A CJK character stands alone; letters and digits hold together over inner hyphens, dots, apostrophes, @ and #.
@@ -20,7 +20,7 @@ WORD = re.compile(r"[㐀-鿿豈-﫿]|[@#]?[^\W㐀-鿿豈-﫿]+(?:[-.'’@:/][^\W
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenClassification(TextTask):
+class TokenClassification(ClassTask, TextTask):
     """Named entities and their like."""
 
     architecture = "BertForTokenClassification"
@@ -28,9 +28,6 @@ class TokenClassification(TextTask):
     metric = "f1"
     metric_names = metrics.ENTITIES
 
-    labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
-    class_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
     all_pieces: bool = False
 
     def examples(
@@ -71,12 +68,6 @@ class TokenClassification(TextTask):
             batch["position_ids"],
             batch["segment_ids"],
             dropout_key=key,
-        )
-
-    def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
-        """Cross-entropy over labelled pieces: padding and special pieces count nothing."""
-        return cross_entropy(
-            logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
         )
 
     def _by_example(self, flat: np.ndarray, examples: TextFeatures) -> list[np.ndarray]:
