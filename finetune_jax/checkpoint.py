@@ -1,22 +1,38 @@
-"""Orbax checkpoints of the whole state, saved while training goes on.
+"""Checkpoints of the whole state: Orbax writes the arrays, a manifest (seal.py) proves them.
 
-A step has three items: `weights` (all that a model is merged from), `training` (step, optimizer, key) and `meta`
-(JSON: data position, best metric so far, evaluations without a better one). Predicting reads `weights` only.
+    RUN/checkpoints/120/           one step: the state after 120 updates
+        weights/ training/ meta/   Orbax's items; predicting reads `weights` only
+        manifest.json              digests of every leaf and file
+    RUN/checkpoints/120.damaged/   a step that failed its digests, set aside
+    RUN/checkpoints/120.pruned/    a step that is being removed
+
+A folder gets its number by one rename, when its manifest is in it: what has a number is complete. `meta` is JSON: the
+position in the data, the best metric so far, evaluations without a better one.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from finetune_jax import seal
 from finetune_jax.errors import UserError
 from finetune_jax.state import TrainState
 from finetune_jax.tree import Flat
+from finetune_jax.writers import say
 
 DIRECTORY = "checkpoints"
+ITEMS = ("weights", "training")
+DAMAGED, PRUNED = ".damaged", ".pruned"
+_DRAFT = ".orbax-checkpoint-tmp"
 
 
 @dataclasses.dataclass
@@ -31,82 +47,116 @@ class Progress:
     """Evaluations in a row without a better value."""
 
 
-class KeepNewestAndBest:
-    """Which steps stay on disk: the newest `keep`, and the best so far (`best`, set before each save)."""
-
-    def __init__(self, keep: int) -> None:
-        self.keep = keep
-        self.best: int | None = None
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """For each checkpoint, oldest first (Orbax's PreservationPolicy)."""
-        newest = len(checkpoints) - self.keep
-        return [index >= newest or info.step == self.best for index, info in enumerate(checkpoints)]
-
-
 class Checkpoints:
-    """The checkpoints of a run folder."""
+    """The checkpoints of a run folder, for reading."""
 
-    def __init__(self, run: Path, keep: int = 1) -> None:
+    def __init__(self, run: Path) -> None:
         """
         Args:
             run: The run folder.
-            keep: How many of the newest stay; the best one stays besides.
         """
-        self._policy = KeepNewestAndBest(keep)
-        self._manager = ocp.CheckpointManager(
-            (run / DIRECTORY).absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=self._policy),
-        )
+        self.folder = (run / DIRECTORY).absolute()
 
-    @property
-    def latest(self) -> int | None:
-        """The newest step, or None."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """All that are complete, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        names = [path.name for path in self.folder.iterdir() if path.name.isdigit()]
+        return sorted(map(int, names))
 
-    def save(self, state: TrainState, progress: Progress) -> None:
-        """Start saving; returns once the arrays are copied.
+    def bytes_of(self, step: int) -> int:
+        """On disk."""
+        return sum(path.stat().st_size for path in (self.folder / str(step)).rglob("*") if path.is_file())
 
-        A step that is saved already stays as it is: the same step has the same state.
+    def faults(self, step: int, *, deep: bool = False) -> list[str]:
+        """Everything that is wrong with a step, each in a line that names the file or the parameter.
+
+        Args:
+            step: One of `steps()`.
+            deep: Read the leaves too, even where all files are as they were written.
         """
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        self._policy.best = progress.best_step
-        training = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(state.weights),
-                training=ocp.args.StandardSave(training),
-                meta=ocp.args.JsonSave(dataclasses.asdict(progress)),
-            ),
-        )
+        folder = self.folder / str(step)
+        manifest, faults = seal.read_seal(folder)
+        if faults:
+            return faults
+        faults = seal.file_faults(folder, manifest)
+        if manifest["step"] != step:
+            faults.append(f"{seal.FILE} is of step {manifest['step']}")
+        if deep or faults:
+            leaves, unreadable = self._host_leaves(folder, manifest)
+            faults += unreadable + seal.leaf_faults(manifest, leaves)
+        return faults
 
-    def restore(self, state: TrainState) -> tuple[TrainState, Progress]:
-        """The newest step, laid out as `state` is (whose own values do not matter)."""
-        training = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
-        items = self._manager.restore(
-            self.latest,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardRestore(_abstract(state.weights)),
-                training=ocp.args.StandardRestore(_abstract(training)),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
-        weights: Flat = items["weights"]
-        restored = TrainState(
-            params={path: weights[path] for path in state.params},
-            frozen={path: weights[path] for path in state.frozen},
-            model_state={path: weights[path] for path in state.model_state},
-            **items["training"],
-        )
-        return restored, Progress(**items["meta"])
+    def leaves(self, step: int) -> dict[str, Any]:
+        """Shape, dtype and digest of each leaf, from the manifest.
 
-    def restore_weights(self, abstract: Flat, step: int) -> Flat:
-        """The weights of a step, on the shardings of `abstract`."""
-        args = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args)["weights"]
+        Raises:
+            UserError: There is no readable manifest.
+        """
+        manifest, faults = seal.read_seal(self.folder / str(step))
+        if faults:
+            raise UserError(f"{self.folder / str(step)}: {faults[0]}")
+        return manifest["leaves"]
+
+    def restore(self, state: TrainState) -> tuple[TrainState, Progress] | None:
+        """The newest step that verifies, laid out as `state` is (whose own values do not matter).
+
+        A step that does not verify is named and set aside.
+
+        Returns:
+            None where nothing was ever saved.
+
+        Raises:
+            UserError: Steps were saved, and none of them verifies.
+        """
+        last = ""
+        for step in reversed(self.steps()):
+            faults = self.faults(step)
+            if not faults:
+                try:
+                    items = self._read(step, {"weights": state.weights, "training": training_of(state)})
+                except (
+                    Exception
+                ) as error:  # Orbax and TensorStore raise many kinds for bytes they cannot read
+                    faults = [f"it cannot be restored ({type(error).__name__}: {one_line(error)})"]
+                else:
+                    manifest, _ = seal.read_seal(self.folder / str(step))
+                    faults = seal.leaf_faults(manifest, host_leaves({name: items[name] for name in ITEMS}))
+            if not faults:
+                weights: Flat = items["weights"]
+                restored = TrainState(
+                    params={path: weights[path] for path in state.params},
+                    frozen={path: weights[path] for path in state.frozen},
+                    model_state={path: weights[path] for path in state.model_state},
+                    **items["training"],
+                )
+                return restored, Progress(**items["meta"])
+            last = f"step {step}: {'; '.join(faults[:4])}"
+            say(f"checkpoint of {last}; set aside as {self._set_aside(step).name}")
+        damaged = list(self.folder.glob(f"*{DAMAGED}*")) if self.folder.is_dir() else []
+        if last or damaged:
+            raise UserError(
+                f"{self.folder}: no checkpoint verifies ({last or damaged[0].name}); name a new --workdir to start again"
+            )
+        return None
+
+    def restore_weights(self, abstract: Mapping[str, Any], step: int) -> Flat:
+        """The weights of a step, on the shardings of `abstract`.
+
+        Raises:
+            UserError: They are not what was saved.
+        """
+        faults = self.faults(step)
+        if not faults:
+            weights: Flat = self._read(step, {"weights": abstract})["weights"]
+            manifest, _ = seal.read_seal(self.folder / str(step))
+            faults = seal.leaf_faults(manifest, host_leaves({"weights": weights}))
+            if not faults:
+                return weights
+        others = [other for other in self.steps() if other != step]
+        raise UserError(
+            f"{self.folder / str(step)} is damaged: {'; '.join(faults[:4])}; other steps are {others or 'none'}"
+        )
 
     def choose(self, step: str) -> int:
         """`best` (the newest, where nothing was measured), `latest`, or a number, as a step there is.
@@ -114,16 +164,13 @@ class Checkpoints:
         Raises:
             UserError: There is no such step; lists those there are.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if not steps:
-            raise UserError(f"{self._manager.directory} holds no checkpoint; train first")
+            raise UserError(f"{self.folder} holds no checkpoint; train first")
         if step == "latest":
             return steps[-1]
         if step == "best":
-            meta = self._manager.restore(steps[-1], args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-                "meta"
-            ]
-            best = Progress(**meta).best_step
+            best = self._read(steps[-1], {})["meta"].get("best_step")
             return best if best in steps else steps[-1]
         if not step.isdigit() or int(step) not in steps:
             raise UserError(
@@ -131,13 +178,218 @@ class Checkpoints:
             )
         return int(step)
 
+    def _read(self, step: int, layout: Mapping[str, Any]) -> Any:
+        """Items of a step, arrays laid out as `layout` has them; `meta` always."""
+        items: dict[str, Any] = {name: ocp.args.StandardRestore(_abstract(t)) for name, t in layout.items()}
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(
+                self.folder / str(step), args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **items)
+            )
+
+    def _host_leaves(
+        self, folder: Path, manifest: Mapping[str, Any]
+    ) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Leaves that can be read, as NumPy arrays by path, and a line for each that cannot."""
+        leaves: dict[str, np.ndarray] = {}
+        faults: list[str] = []
+        for item in ITEMS:
+            names = [path.split("/", 1)[1] for path in manifest["leaves"] if path.startswith(f"{item}/")]
+            try:
+                leaves |= read_arrays(folder / item, item)
+            except Exception:  # which leaf it was, only reading each for itself can tell
+                for name in names:
+                    try:
+                        leaves |= read_arrays(folder / item, item, only=name)
+                    except Exception as error:
+                        faults.append(f"{item}/{name} cannot be read ({type(error).__name__})")
+        return leaves, faults
+
+    def _set_aside(self, step: int) -> Path:
+        """A damaged step is kept for its owner to look at, under a name that nothing restores."""
+        source = self.folder / str(step)
+        target = self.folder / f"{step}{DAMAGED}"
+        number = 1
+        while target.exists():
+            number += 1
+            target = self.folder / f"{step}{DAMAGED}-{number}"
+        if jax.process_index() == 0:
+            source.rename(target)
+        if jax.process_count() > 1:  # none may list the steps while the first renames one
+            multihost_utils.sync_global_devices(f"finetune_jax set aside {step}")
+        return target
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saving:
+    """A save on its way."""
+
+    step: int
+    best: int | None
+    leaves: dict[str, np.ndarray]
+
+
+class CheckpointWriter:
+    """Saves while training goes on. One save at a time: a second one waits for the first."""
+
+    def __init__(self, run: Path, keep: int, keep_every_steps: int | None = None) -> None:
+        """
+        Args:
+            run: The run folder.
+            keep: How many of the newest stay; the best one stays besides.
+            keep_every_steps: Steps that this divides stay too.
+        """
+        self.checkpoints = Checkpoints(run)
+        self._keep, self._keep_every = keep, keep_every_steps
+        self._current: _Saving | None = None
+        self._failure: str | None = None
+        folder = self.checkpoints.folder
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in [*folder.glob(f"*{_DRAFT}*"), *folder.glob(f"*{PRUNED}")]:
+                shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+        self._saver = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+        )
+
+    def save(self, state: TrainState, progress: Progress) -> None:
+        """Start saving; returns once the arrays are copied.
+
+        A step that is saved already stays as it is: the same step has the same state.
+        """
+        step = int(state.step)
+        self.wait()
+        if step in self.checkpoints.steps():
+            return
+        training = training_of(state)
+        # Copies, for the next update takes the buffers; the digests are of what was in memory, not of what was read back.
+        leaves = host_leaves({"weights": state.weights, "training": training})
+        self._current = _Saving(step, progress.best_step, leaves)
+        with self._failing(step):
+            self._saver.save(
+                self.checkpoints.folder / str(step),
+                args=ocp.args.Composite(
+                    weights=ocp.args.StandardSave(state.weights),
+                    training=ocp.args.StandardSave(training),
+                    meta=ocp.args.JsonSave(dataclasses.asdict(progress)),
+                ),
+            )
+
+    def check(self) -> None:
+        """Say what a save in the background ran into; training goes on, and the next save tries again."""
+        if self._current is not None:
+            with self._failing(self._current.step):
+                self._saver.check_for_errors()
+
     def wait(self) -> None:
-        """Until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Until everything is on disk, and what need not stay is removed."""
+        if self._current is not None:
+            with self._failing(self._current.step):
+                self._saver.wait_until_finished()
+                best, self._current, self._failure = self._current.best, None, None
+                self._prune(best)
+
+    def finish(self) -> None:
+        """Wait, and end the background threads.
+
+        Raises:
+            UserError: The last save failed.
+        """
+        self.wait()
+        self.close()
+        if self._failure is not None:
+            newest = self.checkpoints.steps()[-1:]
+            at = f"the same command resumes at step {newest[0]}" if newest else "nothing is saved"
+            raise UserError(f"{self._failure}; {at}")
 
     def close(self) -> None:
-        """Wait, and end the background threads."""
-        self._manager.close()
+        """End the background threads."""
+        with contextlib.suppress(Exception):  # said before, by check, wait or finish
+            self._saver.close()
+
+    def _seal(self) -> None:
+        """Orbax calls this in its own thread, when all files are written and before the folder gets its name."""
+        assert self._current is not None
+        if jax.process_index() != 0:
+            return
+        (draft,) = self.checkpoints.folder.glob(f"{self._current.step}{_DRAFT}*")
+        seal.write_seal(draft, self._current.step, self._current.leaves)
+
+    @contextlib.contextmanager
+    def _failing(self, step: int):
+        """A save that fails costs the step, not the run."""
+        try:
+            yield
+        except Exception as error:  # the disk, the network, a permission: whatever TensorStore makes of it
+            self._current = None
+            self._failure = f"the checkpoint of step {step} could not be saved: {one_line(error)}"
+            say(self._failure)
+            if jax.process_index() == 0:
+                for left in self.checkpoints.folder.glob(f"{step}{_DRAFT}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def _prune(self, best: int | None) -> None:
+        """Remove what need not stay, now that a newer step is complete; `best` is the one that it calls so."""
+        if jax.process_index() != 0:
+            return
+        steps = self.checkpoints.steps()
+        stay = {*steps[-self._keep :], best}
+        for step in steps:
+            if step in stay or (self._keep_every and step % self._keep_every == 0):
+                continue
+            source = self.checkpoints.folder / str(step)
+            target = source.with_name(f"{step}{PRUNED}")
+            os.rename(
+                source, target
+            )  # first the name, then the files: a kill leaves no step that is half there
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def training_of(state: TrainState) -> dict[str, Any]:
+    """What a step holds besides weights."""
+    return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+
+
+def host_leaves(items: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copies of all leaves by path (`weights/...`, `training/...`), whole on every host."""
+    return {path: _host_copy(leaf) for path, leaf in named_leaves(items).items()}
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """{"training/opt_state/1/0/mu/bert/...": leaf, ...}"""
+    flat, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def read_arrays(folder: Path, item: str, only: str | None = None) -> dict[str, np.ndarray]:
+    """Leaves of one Orbax item as NumPy arrays by path, without devices or a model; `only` reads that leaf alone."""
+    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    handler: Callable[..., Any] = ocp.PyTreeCheckpointHandler
+    with ocp.Checkpointer(handler()) as reader:
+        tree = reader.metadata(folder).item_metadata.tree
+        if only is None:
+            arguments = ocp.args.PyTreeRestore(restore_args=jax.tree.map(lambda _: as_numpy, tree))
+        else:
+            flat, treedef = jax.tree.flatten_with_path(tree)
+            keep = [jax.tree_util.keystr(path, simple=True, separator="/") == only for path, _ in flat]
+            wanted = jax.tree.unflatten(treedef, [0 if kept else ocp.PLACEHOLDER for kept in keep])
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted, restore_args=jax.tree.map(lambda _: as_numpy, wanted)
+            )
+        values = named_leaves(reader.restore(folder, args=arguments))
+    return {f"{item}/{path}": leaf for path, leaf in values.items() if isinstance(leaf, np.ndarray)}
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, cut to a length that a terminal shows."""
+    text = str(error).strip().split("\n")[0]
+    return (text[:300] + "...") if len(text) > 300 else text or type(error).__name__
+
+
+def _host_copy(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.array(leaf)
 
 
 def _abstract(tree: Any) -> Any:

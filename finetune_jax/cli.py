@@ -125,6 +125,32 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """List a run's checkpoints, verify their digests, or inspect what one holds."""
+
+    action: tyro.conf.Positional[Literal["list", "verify", "inspect"]]
+    """verify ends with exit code 1 where a step is damaged."""
+    run: tyro.conf.Positional[str]
+    """The run folder."""
+    step: str | None = None
+    """best, latest or a number; verify takes all steps, inspect the latest."""
+
+    def __call__(self) -> int:
+        from finetune_jax import audit
+
+        run = Path(self.run).expanduser()
+        sound = True
+        if self.action == "list":
+            lines = audit.list_steps(run)
+        elif self.action == "verify":
+            lines, sound = audit.verify_steps(run, self.step)
+        else:
+            lines = audit.inspect_step(run, self.step or "latest")
+        print("\n".join(lines))
+        return 0 if sound else 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Versions, devices, what is missing and how to install it."""
 
@@ -135,13 +161,21 @@ class Doctor:
         return 0
 
 
-COMMANDS = {"train": Train, "evaluate": Evaluate, "predict": Predict, "export": Export, "doctor": Doctor}
+COMMANDS = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "export": Export,
+    "checkpoint": Checkpoint,
+    "doctor": Doctor,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Exit code 0; 2 with one line on stderr for a user's mistake; 143 or 130 after a signal, when all is saved."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what we say in one line
     try:
         code = parse(argv)()
     except UserError as error:
@@ -156,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Doctor:
+def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Checkpoint | Doctor:
     """The command that the words say, a recipe's values as the defaults of its fields."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: finetune-jax {{{','.join(COMMANDS)}}} ...\n")

@@ -211,6 +211,8 @@ class CheckpointConfig:
     """Steps between saves; None: at each evaluation."""
     keep: int = 1
     """How many of the newest are kept; the best one is kept besides."""
+    keep_every_steps: int | None = None
+    """Checkpoints of steps that this divides are kept too."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +337,7 @@ def validate(config: Config) -> Config:
         ("evaluation.every-steps", config.evaluation.every_steps, 1),
         ("checkpoint.every-steps", config.checkpoint.every_steps, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("checkpoint.keep-every-steps", config.checkpoint.keep_every_steps, 1),
         ("data.threads", config.data.threads, 1),
         ("data.max-length", config.data.max_length, 8),
         ("data.max-train-examples", config.data.max_train_examples, 1),

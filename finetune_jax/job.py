@@ -224,7 +224,6 @@ def open_model(
             for p, a in job.parts.abstract.items()
         }
         weights = checkpoints.restore_weights(abstract, checkpoints.choose(step))
-        checkpoints.close()
         return job, weights
     loaded = load_params(checkpoint, job.parts.abstract, replace_head=False)
     if loaded.new:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from finetune_jax import metrics
-from finetune_jax.checkpoint import Checkpoints, Progress
+from finetune_jax.checkpoint import CheckpointWriter, Progress
 from finetune_jax.config import Config, validate
 from finetune_jax.data.pipeline import Batches, device_batches, padding_share, train_shape
 from finetune_jax.data.sources import Source
@@ -108,16 +108,14 @@ def train(
     del weights, loaded
 
     start_run_folder(config, run, job, source, shape)
-    checkpoints = Checkpoints(run, config.checkpoint.keep)
-    progress = Progress()
-    if checkpoints.latest is not None:
-        state, progress = checkpoints.restore(state)
-        note = f"resumed at step {int(state.step)}"
+    saver = CheckpointWriter(run, config.checkpoint.keep, config.checkpoint.keep_every_steps)
+    state, progress = saver.checkpoints.restore(state) or (state, Progress())
     step = int(state.step)
+    note = f"resumed at step {step}" if step else note
     patience = config.train.early_stopping or sys.maxsize
     if (step == total_steps or progress.stale >= patience) and (run / RESULT_FILE).is_file():
         say(f"{run} is complete: {step} updates are done")
-        checkpoints.close()
+        saver.close()
         return json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
     announce(job, state, note, examples, batches, total_steps)
 
@@ -163,6 +161,7 @@ def train(
                 write_train_row(writer, meter, *pending)
             pending = (step, sums) if step % config.train.log_every == 0 or step == total_steps else None
             writer.advance(step)
+            saver.check()
             evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
             if evaluating and "validation" in forwards:
                 last = evaluate(forwards["validation"], job, examples["validation"], state.weights)
@@ -177,25 +176,26 @@ def train(
             stopping = bool(stop) or step == stop_at
             periodic = config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
             if evaluating or periodic or stopping:
-                checkpoints.save(state, progress)
+                saver.save(state, progress)
             if stopping and step < total_steps:
                 break
     if pending is not None:
         write_train_row(writer, meter, *pending)
-    checkpoints.wait()
+    saver.finish()
     if (stop or step == stop_at) and step < total_steps and progress.stale < patience:
         writer.close()
-        checkpoints.close()
         raise Stopped(step, 128 + (stop[0] if stop else signal.SIGTERM))
 
     # ----------------------------------------------------------------------------------------------------------------
     # The result: the best checkpoint on validation and test.
     # ----------------------------------------------------------------------------------------------------------------
-    best = progress.best_step or step
-    final = state.weights
+    best, final = progress.best_step or step, state.weights
     if best != step:
-        final = checkpoints.restore_weights(jax.tree.map(abstract_leaf, final), best)
-    checkpoints.close()
+        try:
+            final = saver.checkpoints.restore_weights(jax.tree.map(abstract_leaf, final), best)
+        except UserError as error:
+            writer.say(f"{error}; the result is of the last step, {step}, instead of the best, {best}")
+            best = step
     evaluations = {"validation": last} if last is not None and measured_at == best else {}
     for split, forward in forwards.items():
         if split not in evaluations:

@@ -6,11 +6,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "finetune_jax"
 FLOORS = [
     {"errors", "__init__"},
-    {"models", "metrics", "writers", "config", "tree", "doctor"},
+    {"models", "metrics", "writers", "config", "tree", "doctor", "seal"},
     {"data", "hf", "optim", "sharding"},
     {"tasks", "state"},
     {"step", "checkpoint", "job"},
-    {"runfolder", "evaluate", "predict", "export"},
+    {"runfolder", "evaluate", "predict", "export", "audit"},
     {"train"},
     {"cli", "__main__"},
 ]

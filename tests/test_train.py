@@ -277,4 +277,3 @@ def test_best_checkpoint_stays(tmp_path, one_device):
     assert checkpoints.choose("latest") == 12
     with pytest.raises(UserError, match="no checkpoint of step 3"):
         checkpoints.choose("3")
-    checkpoints.close()

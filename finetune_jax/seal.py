@@ -1,0 +1,138 @@
+"""The manifest of a checkpoint: a digest of every leaf and of every file, by which it proves itself.
+
+Orbax keeps no checksum of array data: a flipped bit comes back as a wrong weight. Digests are XXH3 (128 bits): they find
+accidents, not forgery.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+FILE = "manifest.json"
+FORMAT = 1
+# Orbax writes these two when it commits, after the seal: they hold times, nothing that a restore reads.
+_AFTER_THE_SEAL = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_BLOCK = 1 << 22
+
+
+def digest_array(array: np.ndarray) -> str:
+    """Of the values in C order, whatever devices they came from."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def digest_file(path: Path) -> str:
+    """Of the bytes."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def write_seal(folder: Path, step: int, leaves: Mapping[str, np.ndarray]) -> None:
+    """Write the manifest of what is in `folder`, all at once and last.
+
+    Args:
+        folder: Of one checkpoint, its files complete.
+        step: Its step.
+        leaves: Host values by path, as they were on the devices.
+
+    Raises:
+        ValueError: A leaf has values that are not finite: no such state may ever be resumed or called the best.
+    """
+    bad = [path for path, leaf in leaves.items() if not is_finite(leaf)]
+    if bad:
+        raise ValueError(f"{len(bad)} leaves hold values that are not finite, the first is {bad[0]}")
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "leaves": {
+            path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "xxh3_128": digest_array(leaf)}
+            for path, leaf in leaves.items()
+        },
+        "files": {
+            name: {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
+            for name, path in _files(folder).items()
+        },
+    }
+    manifest["xxh3_128"] = _digest_of(manifest)
+    draft = folder / (FILE + ".draft")
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, folder / FILE)
+
+
+def read_seal(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The manifest, and what is wrong with the manifest itself (then it is empty)."""
+    try:
+        manifest = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        stated = manifest.pop("xxh3_128")
+        if stated != _digest_of(manifest):
+            return {}, [f"{FILE} is not what was written"]
+    except FileNotFoundError:
+        return {}, [f"{FILE} is missing"]
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        return {}, [f"{FILE} cannot be read ({type(error).__name__})"]
+    if manifest.get("format") != FORMAT:
+        return {}, [f"{FILE} has format {manifest.get('format')}, this version reads {FORMAT}"]
+    return manifest, []
+
+
+def file_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files: missing, cut, changed, or not listed."""
+    faults, present = [], _files(folder)
+    for name, record in manifest["files"].items():
+        if name not in present:
+            faults.append(f"file {name} is missing")
+            continue
+        try:
+            size = present[name].stat().st_size
+            if size != record["bytes"]:
+                faults.append(f"file {name} has {size} bytes, {record['bytes']} were written")
+            elif digest_file(present[name]) != record["xxh3_128"]:
+                faults.append(f"file {name} is not what was written")
+        except OSError as error:
+            faults.append(f"file {name} cannot be read ({error.strerror})")
+    return faults + [f"file {name} was not written with it" for name in present.keys() - manifest["files"]]
+
+
+def leaf_faults(manifest: Mapping[str, Any], leaves: Mapping[str, np.ndarray]) -> list[str]:
+    """Which of these leaves are not what was saved."""
+    faults = []
+    for path, leaf in leaves.items():
+        record = manifest["leaves"].get(path)
+        if record is None:
+            faults.append(f"{path} was not saved")
+        elif (list(leaf.shape), leaf.dtype.name) != (record["shape"], record["dtype"]):
+            faults.append(
+                f"{path} is {leaf.dtype.name}{list(leaf.shape)}, saved was {record['dtype']}{record['shape']}"
+            )
+        elif digest_array(leaf) != record["xxh3_128"]:
+            faults.append(f"{path} has other values than were saved")
+    return faults
+
+
+def is_finite(leaf: np.ndarray) -> bool:
+    """No NaN and no infinity; integers have none."""
+    if not np.issubdtype(leaf.dtype, np.inexact):
+        return True
+    # A sum is a quarter of the work of a mask, and is not finite where a value is not; where it overflows, look closer.
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(leaf.sum(dtype=np.float64)) or np.isfinite(leaf).all())
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    names = {path.relative_to(folder).as_posix(): path for path in found}
+    return {name: p for name, p in names.items() if name not in (*_AFTER_THE_SEAL, FILE, FILE + ".draft")}
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
