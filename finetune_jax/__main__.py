@@ -1,5 +1,16 @@
-"""`python -m finetune_jax` is the command `finetune-jax`."""
+"""The command `finetune-jax`, which `python -m finetune_jax` is too. Signals are watched before anything heavy is imported."""
 
-from finetune_jax.cli import main
+from finetune_jax import signals
 
-main()
+
+def main() -> None:
+    """Watch for signals, then do as the words say."""
+    signals.install()
+    from finetune_jax.cli import main as command
+
+    signals.phase("reading the command")
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -45,6 +45,8 @@ class Progress:
     best_value: float | None = None
     stale: int = 0
     """Evaluations in a row without a better value."""
+    unevaluated: bool = False
+    """A signal broke off the evaluation at this step: the first thing to do is to repeat it."""
 
 
 class Checkpoints:
@@ -347,7 +349,8 @@ class CheckpointWriter:
 
 def training_of(state: TrainState) -> dict[str, Any]:
     """What a step holds besides weights."""
-    return {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+    names = ("step", "opt_state", "key", "skipped", "skipped_in_a_row")
+    return {name: getattr(state, name) for name in names}
 
 
 def host_leaves(items: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -27,13 +27,15 @@ class Train:
     """The run folder."""
     config: str | None = None
     """A recipe, such as configs/sst2_local.py; a run folder that is begun needs none."""
+    allow_change: tuple[str, ...] = ()
+    """Config fields in which a run that goes on may differ from how it began, such as train.epochs."""
     overrides: Overrides = dataclasses.field(default_factory=Config)
 
     def __call__(self) -> int:
         from finetune_jax.train import Stopped, train
 
         try:
-            train(self.overrides, self.workdir)
+            train(self.overrides, self.workdir, allow_change=self.allow_change)
         except Stopped as stopped:
             print(f"finetune-jax: {stopped}", file=sys.stderr)
             return stopped.code

@@ -183,6 +183,8 @@ class TrainConfig:
     """Steps between rows of metrics.jsonl and TensorBoard."""
     early_stopping: int | None = None
     """Evaluations in a row without a better `evaluation.metric` after which training ends."""
+    stop_after_skipped: int = 10
+    """An update whose loss or gradient is not finite is skipped; after so many in a row the run ends."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
 
@@ -213,6 +215,8 @@ class CheckpointConfig:
     """How many of the newest are kept; the best one is kept besides."""
     keep_every_steps: int | None = None
     """Checkpoints of steps that this divides are kept too."""
+    grace_seconds: float = 25.0
+    """Time from SIGTERM or SIGINT in which to save; then the process ends without."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +336,7 @@ def validate(config: Config) -> Config:
         ("train.accumulation", config.train.accumulation, 1),
         ("train.log-every", config.train.log_every, 1),
         ("train.early-stopping", config.train.early_stopping, 1),
+        ("train.stop-after-skipped", config.train.stop_after_skipped, 1),
         ("train.steps", config.train.steps, 1),
         ("evaluation.batch-size", config.evaluation.batch_size, 1),
         ("evaluation.every-steps", config.evaluation.every_steps, 1),
@@ -363,6 +368,7 @@ def validate(config: Config) -> Config:
         ("optim.learning-rate", config.optim.learning_rate),
         ("train.epochs", config.train.epochs),
         ("optim.clip-norm", config.optim.clip_norm),
+        ("checkpoint.grace-seconds", config.checkpoint.grace_seconds),
         ("optim.eps", config.optim.eps),
     ):
         if value is not None and not 0 < value < float("inf"):

@@ -1,6 +1,7 @@
 """Exact evaluation: every example once, whatever the batch size, the number of devices or the last batch's length."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ class Evaluation:
     """`loss` and the task's own, by scikit-learn's and seqeval's names; JSON values."""
     report: str
     """A table to print."""
+    only_class: str | None = None
+    """The class that everything was predicted as, where labels are of several."""
+
+
+class Interrupted(Exception):
+    """An evaluation was asked to stop."""
 
 
 class Forward:
@@ -44,26 +51,34 @@ class Forward:
             packing: Several examples a row.
             threads: That read ahead.
         """
-        shape = evaluation_shape(examples, batch_size, max_length, packing, batch_parts(job.mesh))
+        shape = evaluation_shape(examples, batch_size, max_length, packing)
         self._job, self._examples, self._threads = job, examples, threads
-        self._batches = Batches(examples, shape, None, packing)
+        self._batches = Batches(examples, shape, None, packing, parts=batch_parts(job.mesh))
         self._compiled: Any = None
 
     def compile(self, weights: Flat) -> None:
         """Ahead of use; `weights` gives shapes and shardings."""
         if self._compiled is None:
-            batch = abstract_batch(self._batches[0], self._batches.shape.rows, self._job.mesh)
+            batch = abstract_batch(self._batches[0], self._batches.rows, self._job.mesh)
             step = make_forward(self._job.task, self._job.parts)
             self._compiled = compile_forward(step, weights, batch, self._job.mesh)
 
-    def logits(self, weights: Flat) -> tuple[np.ndarray, metrics.Sums]:
-        """Logits of all segments (or pieces) in the split's order, and the sums of the loss."""
+    def logits(
+        self, weights: Flat, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[np.ndarray, metrics.Sums]:
+        """Logits of all segments (or pieces) in the split's order, and the sums of the loss.
+
+        Raises:
+            Interrupted: `stop` said so.
+        """
         self.compile(weights)
         collected = np.zeros((self._examples.outputs, self._job.task.num_labels), np.float32)
         sums: metrics.Sums = {}
         pending: list[tuple[int, Any]] = []
         batches = device_batches(self._batches, self._job.mesh, 0, self._threads)
         for step, batch in enumerate(batches):
+            if stop():
+                raise Interrupted
             pending.append((step, self._compiled(weights, batch)))
             if step:  # read one batch late: the device works on while the host copies
                 sums = self._collect(collected, sums, *pending.pop(0))
@@ -76,11 +91,21 @@ class Forward:
         return metrics.add_sums(sums, part)
 
 
-def evaluate(forward: Forward, job: Job, examples: Examples, weights: Flat) -> Evaluation:
-    """Metrics of a labelled split."""
-    logits, sums = forward.logits(weights)
+def evaluate(
+    forward: Forward,
+    job: Job,
+    examples: Examples,
+    weights: Flat,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Metrics of a labelled split.
+
+    Raises:
+        Interrupted: `stop` said so.
+    """
+    logits, sums = forward.logits(weights, stop)
     figures, report = job.task.metrics(logits, examples)
-    return Evaluation(metrics.means(sums) | figures, report)
+    return Evaluation(metrics.means(sums) | figures, report, job.task.only_class(logits, examples))
 
 
 def evaluate_model(model: str, config: Config | None, split: str, step: str = "best") -> Evaluation:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from finetune_jax import __version__, config
+from finetune_jax import __version__, config, signals
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
@@ -48,16 +47,14 @@ def export(run: Path, output: Path, *, step: str = "best", verify: bool = False)
     number = Checkpoints(run).choose(step)
     job, weights = open_model(str(run), step=str(number))
     output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
-    try:
+    signals.phase("exporting")
+    with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
         save_model_folder(job, draft)
         files.save_tensors(draft, export_tensors(job.family, jax.device_get(weights)))
         (draft / CARD_FILE).write_text(model_card(run, job, number), encoding="utf-8")
         difference = largest_difference(job, weights, draft) if verify else None
         os.chmod(draft, 0o755)  # mkdtemp made it private
         os.rename(draft, output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return difference
 
 

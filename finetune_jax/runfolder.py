@@ -3,15 +3,18 @@
 It is made whole before the first update, and goes on only as what it began as.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 
 from finetune_jax import __version__
@@ -21,13 +24,16 @@ from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
 from finetune_jax.hf.files import write_json
 from finetune_jax.job import CONFIG_FILE, MODEL_DIRECTORY, Job, save_model_folder
+from finetune_jax.writers import say
 
 MANIFEST_FILE = "manifest.json"
 RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
 # Fields that a resumed run may change: they do not touch the arithmetic or the order of examples.
 FREE_TO_CHANGE = (
     "train.log_every",
+    "train.stop_after_skipped",
     "train.tensorboard",
     "data.threads",
     "data.cache_dir",
@@ -35,26 +41,54 @@ FREE_TO_CHANGE = (
     "mesh.",
 )
 
+# Those that --allow-change may name: the state and the order of examples stay what they were.
+MAY_CHANGE = (
+    "data.path",
+    "evaluation.",
+    "model.pretrained",
+    "optim.learning_rate",
+    "optim.schedule",
+    "optim.warmup_ratio",
+    "optim.warmup_steps",
+    "task.class_weights",
+    "task.label_smoothing",
+    "train.early_stopping",
+    "train.epochs",
+    "train.steps",
+)
 
-def check_same_config(config: Config, run: Path) -> None:
-    """A run folder goes on only as what it began as.
+
+def check_same_config(config: Config, run: Path, allow_change: Sequence[str] = ()) -> None:
+    """A run folder goes on only as what it began as, but for fields that are free, or allowed to change.
 
     Raises:
-        UserError: Listing the fields that differ.
+        UserError: Listing the fields that differ, or a field that no run may change.
     """
+    allowed = tuple(name.replace("-", "_") for name in allow_change)
+    for name in allowed:
+        if not name.startswith(MAY_CHANGE):
+            shown = ", ".join(MAY_CHANGE).replace("_", "-")
+            raise UserError(
+                f"--allow-change {name.replace('_', '-')}: only these may change in a run: {shown}"
+            )
     if not (run / CONFIG_FILE).is_file():
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and any(path.name != LOCK_FILE for path in run.iterdir()):
             raise UserError(f"{run} is not empty and is no run folder; name a new folder as --workdir")
         return
     old, new = flat_fields(to_dict(load_saved(run / CONFIG_FILE))), flat_fields(to_dict(config))
     changed = [
-        f"{path.replace('_', '-')} {old.get(path)!r} -> {new.get(path)!r}"
+        path
         for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and not path.startswith(FREE_TO_CHANGE)
+        if old.get(path) != new.get(path) and not path.startswith(FREE_TO_CHANGE) and path not in allowed
     ]
     if changed:
+        listed = "; ".join(
+            f"{path.replace('_', '-')} {old.get(path)!r} -> {new.get(path)!r}" for path in changed
+        )
+        safe = [path.replace("_", "-") for path in changed if path.startswith(MAY_CHANGE)]
+        hint = f", or say --allow-change {' '.join(safe)}" if len(safe) == len(changed) else ""
         raise UserError(
-            f"{run} was begun with another config: {'; '.join(changed)}; change it back or name a new --workdir"
+            f"{run} was begun with another config: {listed}; change it back{hint}, or name a new --workdir"
         )
 
 
@@ -66,47 +100,102 @@ def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def start_run_folder(config: Config, run: Path, job: Job, source: Source, shape: RowShape) -> None:
-    """config.json, manifest.json and the model folder. A run that goes on must have the data and batches it began with.
+@contextlib.contextmanager
+def open_run_folder(config: Config, run: Path, job: Job, source: Source, shape: RowShape) -> Iterator[None]:
+    """The run folder, for this process alone: config.json, manifest.json and the model folder are in it.
 
     Raises:
-        UserError: The data changed, or other devices would change which examples a batch holds.
+        UserError: Another process has it, or its data, labels, model or batches are not those it began with.
     """
-    manifest_file = run / MANIFEST_FILE
-    if manifest_file.is_file():
-        saved = json.loads(manifest_file.read_text(encoding="utf-8"))
-        if saved["data_fingerprint"] != source.fingerprint:
-            raise UserError(
-                f"{run} was begun on other data (fingerprint {saved['data_fingerprint'][:12]}, now"
-                f" {source.fingerprint[:12]}); put the data back or name a new --workdir"
-            )
-        began = RowShape(**saved["batch"])
-        if began != shape:
-            raise UserError(
-                f"{run} was begun with batches of {began.rows} rows x {began.length}, these devices make"
-                f" {shape.rows} x {shape.length}; resume on as many devices as it began on"
-            )
-        return
-    if jax.process_index() != 0:
-        return
-    run.mkdir(parents=True, exist_ok=True)
+    first = jax.process_index() == 0
+    if first:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run} cannot be made: {error.strerror}; name another --workdir") from error
+    # The operating system frees the lock of a process that dies, however it dies.
+    lock = filelock.FileLock(run / LOCK_FILE, timeout=0) if first else contextlib.nullcontext()
+    try:
+        with lock:
+            if (run / MANIFEST_FILE).is_file():
+                _go_on(config, run, job, source, shape)
+            elif first:
+                _begin(config, run, job, source, shape)
+            yield
+    except filelock.Timeout:
+        raise UserError(
+            f"{run} is in use by another process; wait for it or stop it, or name a new --workdir"
+        ) from None
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename or run} cannot be written: {error.strerror}; name another --workdir"
+        ) from error
+
+
+def _begin(config: Config, run: Path, job: Job, source: Source, shape: RowShape) -> None:
     write_json(run / CONFIG_FILE, to_dict(config))
     save_model_folder(job, run / MODEL_DIRECTORY)
     manifest = {
-        "finetune_jax": __version__,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "devices": [device.device_kind for device in jax.devices()],
-        "cpu_count": os.cpu_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "git_revision": git_revision(),
+        "conditions": conditions(),
         "seed": config.seed,
         "data": source.description,
         "data_fingerprint": source.fingerprint,
         "labels": source.labels,
         "batch": dataclasses.asdict(shape),
+        "parameters": {path: list(leaf.shape) for path, leaf in job.parts.abstract.items()},
     }
-    write_json(manifest_file, manifest)  # last: with it the folder is a run
+    write_json(run / MANIFEST_FILE, manifest)  # last: with it the folder is a run
+
+
+def _go_on(config: Config, run: Path, job: Job, source: Source, shape: RowShape) -> None:
+    saved = json.loads((run / MANIFEST_FILE).read_text(encoding="utf-8"))
+    differences = []
+    if saved["data_fingerprint"] != source.fingerprint:
+        was, now = saved["data_fingerprint"][:12], source.fingerprint[:12]
+        differences.append(f"other data (fingerprint {was}, now {now})")
+    if saved["labels"] != (None if source.labels is None else list(source.labels)):
+        differences.append(f"labels {saved['labels']}, now {source.labels}")
+    parameters = {path: list(leaf.shape) for path, leaf in job.parts.abstract.items()}
+    if saved["parameters"] != parameters:
+        paths = sorted(saved["parameters"].keys() | parameters.keys())
+        other = [path for path in paths if saved["parameters"].get(path) != parameters.get(path)]
+        path = other[0]
+        differences.append(
+            f"another model ({len(other)} parameters differ: {path} {saved['parameters'].get(path)}, now"
+            f" {parameters.get(path)})"
+        )
+    began = RowShape(**saved["batch"])
+    if began != shape and not differences:
+        differences.append(
+            f"batches of {began.rows} rows x {began.length}, now {shape.rows} x {shape.length}"
+        )
+    if differences:
+        raise UserError(
+            f"{run} was begun on {'; '.join(differences)}; put it back as it was or name a new --workdir"
+        )
+    was, now = flat_fields(saved["conditions"]), flat_fields(conditions())
+    changed = [
+        f"{name} {was.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
+    ]
+    if changed:
+        say(f"this run goes on under other conditions, its last bits may differ: {'; '.join(changed)}")
+    if jax.process_index() == 0:
+        write_json(run / CONFIG_FILE, to_dict(config))  # with the fields that changed
+
+
+def conditions() -> dict[str, Any]:
+    """All that decides the last bits of a result besides config and data."""
+    return {
+        "finetune_jax": __version__,
+        "git_revision": git_revision(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "devices": [device.device_kind for device in jax.devices()],
+        "cpu_count": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
 
 
 def git_revision() -> str | None:

@@ -32,6 +32,10 @@ class TrainState:
     """optax's."""
     key: Any
     """uint32 [2]: data of the base key; step keys are `fold_in(key, step)`."""
+    skipped: Any
+    """int32 []: updates so far that were not finite and changed nothing."""
+    skipped_in_a_row: Any
+    """int32 []: of them, the last ones."""
 
     @property
     def weights(self) -> Flat:
@@ -100,13 +104,16 @@ def create_state(
     places = shard_like_params(abstract, params, shardings, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
     everywhere = replicated(mesh)
+    zero = [jax.device_put(jnp.zeros((), jnp.int32), everywhere) for _ in range(3)]
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), everywhere),
+        step=zero[0],
         params=params,
         frozen={p: w for p, w in weights.items() if p not in statistics and is_frozen[p]},
         model_state={p: w for p, w in weights.items() if p in statistics},
         opt_state=opt_state,
         key=jax.device_put(jax.random.key_data(jax.random.key(seed)), everywhere),
+        skipped=zero[1],
+        skipped_in_a_row=zero[2],
     )
 
 

@@ -29,6 +29,9 @@ def make_train_step(
 
     Exact for ragged batches: k micro-batches give the gradient of one batch, whatever their weights. (BatchNorm in
     train mode sees one micro-batch at a time, as its definition has it.)
+
+    A loss or a gradient that is not finite changes nothing but the counters: parameters, optimizer and running averages
+    keep their bits.
     """
 
     def loss(params: Flat, others: Flat, statistics: Flat, batch: DeviceBatch, key: jax.Array):
@@ -41,26 +44,38 @@ def make_train_step(
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         total, weight, statistics, grads = summed_gradient(gradient, state, batch, key, accumulation)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
         safe = jnp.maximum(
             weight, 1e-12
         )  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
         grads = jax.tree.map(lambda g: g / safe, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+            learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         one = jnp.ones((), jnp.float32)
         sums = {
             "loss": (total, weight),
-            "grad_norm": (optax.tree.norm(grads), one),
+            "grad_norm": (norm / safe, one),
             "learning_rate": (learning_rate, one),
+            "skipped": (skipped.astype(jnp.float32), one),
+            "skipped_in_a_row": (in_a_row.astype(jnp.float32), one),
         }
+
+        def unless_skipped(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
         new = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),  # pyright: ignore[reportArgumentType]
+            params=unless_skipped(optax.apply_updates(state.params, updates), state.params),  # pyright: ignore[reportArgumentType]
             frozen=state.frozen,
-            model_state=statistics,
-            opt_state=opt_state,
+            model_state=unless_skipped(statistics, state.model_state),
+            opt_state=unless_skipped(opt_state, state.opt_state),
             key=state.key,
+            skipped=skipped,
+            skipped_in_a_row=in_a_row,
         )
         return new, sums
 

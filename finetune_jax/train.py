@@ -1,4 +1,4 @@
-"""The loop. Read `train` from top to bottom: that is the order in which things happen, and why.
+"""The loop. Read `train`, `prepare` and `fit` from top to bottom: that is the order in which things happen, and why.
 
 Resume precedence: the run's own checkpoint > Hugging Face weights > random.
 """
@@ -11,25 +11,26 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from finetune_jax import metrics
+from finetune_jax import metrics, signals
 from finetune_jax.checkpoint import CheckpointWriter, Progress
 from finetune_jax.config import Config, validate
 from finetune_jax.data.pipeline import Batches, device_batches, padding_share, train_shape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
-from finetune_jax.evaluate import Evaluation, Forward, evaluate
+from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
 from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source, pretrained_weights
 from finetune_jax.optim import make_optimizer, make_schedule
-from finetune_jax.runfolder import RESULT_FILE, check_same_config, start_run_folder, write_json
+from finetune_jax.runfolder import RESULT_FILE, check_same_config, open_run_folder, write_json
 from finetune_jax.sharding import Devices, batch_parts
-from finetune_jax.state import create_state, initial_weights, parameter_counts, parameter_table
+from finetune_jax.state import TrainState, create_state, initial_weights, parameter_counts, parameter_table
 from finetune_jax.step import abstract_batch, compile_train_step, make_train_step
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.tree import lookup, matches_any
@@ -50,6 +51,7 @@ def train(
     *,
     devices: Devices | None = None,
     stop_at: int | None = None,
+    allow_change: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fine-tune as the config says, or go on with what is in the run folder.
 
@@ -58,19 +60,53 @@ def train(
         workdir: The run folder; made if it is not there.
         devices: Train on these; None takes all.
         stop_at: Save and stop after this many updates, as a signal at that step would.
+        allow_change: Config fields in which a run that goes on may differ from how it began.
 
     Returns:
         What result.json holds.
 
     Raises:
-        UserError: Input that cannot be used.
+        UserError: Input that cannot be used, a run that cannot be saved, or one whose updates are not finite.
         Stopped: By SIGTERM, SIGINT or `stop_at`.
     """
-    # ----------------------------------------------------------------------------------------------------------------
-    # What is to be done: config, data, task. Nothing is written before all of it is known to be sound.
-    # ----------------------------------------------------------------------------------------------------------------
     config, run = validate(config), Path(workdir).expanduser()
-    check_same_config(config, run)
+    signals.phase("preparing")
+    check_same_config(config, run, allow_change)
+    setup = prepare(config, devices)
+    with open_run_folder(config, run, setup.job, setup.source, setup.batches.shape):
+        keep = config.checkpoint
+        saver = CheckpointWriter(run, keep.keep, keep.keep_every_steps)
+        with contextlib.closing(saver):
+            return fit(setup, run, saver, stop_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is to be done, all of it known to be sound; nothing is written yet."""
+
+    config: Config
+    job: Job
+    source: Source
+    metric: str
+    """Decides what is best."""
+    examples: dict[str, Any]
+    """Features by split."""
+    batches: Batches
+    total_steps: int
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    state: TrainState
+    """Before the first update."""
+    note: str
+    """Where the weights came from."""
+
+
+def prepare(config: Config, devices: Devices | None) -> Setup:
+    """Config to data, model, batches and the first state. Weights are placed before the optimizer's state is made from them.
+
+    Raises:
+        UserError: Naming what cannot be used.
+    """
     checkpoint = open_pretrained(config.model)
     source = open_source(config, checkpoint)
     if "train" not in source.splits:
@@ -84,13 +120,10 @@ def train(
     parts = batch_parts(job.mesh) * config.train.accumulation
     packing, max_length = config.data.packing, config.data.max_length
     shape = train_shape(examples["train"], config.train.batch_size, max_length, packing, parts)
-    batches = Batches(examples["train"], shape, config.seed, packing)
+    batches = Batches(examples["train"], shape, config.seed, packing, parts=parts)
     total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
     batches.steps = total_steps
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The state on the mesh. Weights are placed before the optimizer's state is made from them.
-    # ----------------------------------------------------------------------------------------------------------------
     family = FAMILIES[job.family]
     loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
     weights, shardings = initial_weights(job.parts, family.SHARDING, job.mesh, config.seed, loaded)
@@ -105,35 +138,37 @@ def train(
     state = create_state(
         weights, shardings, job.parts.statistics, is_frozen, optimizer, job.mesh, config.seed
     )
-    del weights, loaded
+    return Setup(
+        config, job, source, metric, examples, batches, total_steps, optimizer, schedule, state, note
+    )
 
-    start_run_folder(config, run, job, source, shape)
-    saver = CheckpointWriter(run, config.checkpoint.keep, config.checkpoint.keep_every_steps)
-    state, progress = saver.checkpoints.restore(state) or (state, Progress())
+
+def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -> dict[str, Any]:
+    """Restore, compile, loop, result."""
+    config, job, batches, total_steps = setup.config, setup.job, setup.batches, setup.total_steps
+    state, progress = saver.checkpoints.restore(setup.state) or (setup.state, Progress())
     step = int(state.step)
-    note = f"resumed at step {step}" if step else note
     patience = config.train.early_stopping or sys.maxsize
     if (step == total_steps or progress.stale >= patience) and (run / RESULT_FILE).is_file():
         say(f"{run} is complete: {step} updates are done")
-        saver.close()
         return json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
-    announce(job, state, note, examples, batches, total_steps)
+    announce(setup, state, f"resumed at step {step}" if step else setup.note)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Compile, once, before the loop.
     # ----------------------------------------------------------------------------------------------------------------
+    signals.phase("compiling")
     compiling = time.perf_counter()
     train_step = compile_train_step(
-        make_train_step(job.task, job.parts, optimizer, schedule, config.train.accumulation),
+        make_train_step(job.task, job.parts, setup.optimizer, setup.schedule, config.train.accumulation),
         state,
-        abstract_batch(batches[0], shape.rows, job.mesh),
+        abstract_batch(batches[0], batches.rows, job.mesh),
         job.mesh,
     )
+    size, data = config.evaluation.batch_size, config.data
     forwards = {
-        split: Forward(
-            job, examples[split], config.evaluation.batch_size, max_length, packing, config.data.threads
-        )
-        for split in examples
+        split: Forward(job, examples, size, data.max_length, data.packing, data.threads)
+        for split, examples in setup.examples.items()
         if split != "train"
     }
     for forward in forwards.values():
@@ -146,65 +181,79 @@ def train(
     # ----------------------------------------------------------------------------------------------------------------
     writer = Writer(run, config.train.tensorboard, step, total_steps)
     meter = Meter(batches, step)
-    last: Evaluation | None = None
-    measured_at = -1
+    validation = Validation(setup, forwards.get("validation"), writer, progress)
     pending: tuple[int, Any] | None = None
-    with stop_signals() as stop:
-        for batch in device_batches(batches, job.mesh, progress.next_batch, config.data.threads):
-            if progress.stale >= patience:
-                writer.say(f"no better {metric} in {patience} evaluations: training ends at step {step}")
-                break
-            state, sums = train_step(state, batch)
-            step += 1
-            progress.next_batch = step
+    signals.phase("training")
+    with contextlib.closing(writer):
+        with signals.at_stake(config.checkpoint.grace_seconds) as stop:
+            if progress.unevaluated:
+                validation.measure(state, step, stop)
+            ahead = device_batches(batches, job.mesh, progress.next_batch, data.threads)
+            for batch in () if progress.unevaluated else ahead:
+                if progress.stale >= patience:
+                    writer.say(
+                        f"no better {setup.metric} in {patience} evaluations: training ends at step {step}"
+                    )
+                    break
+                state, sums = train_step(state, batch)
+                step += 1
+                progress.next_batch = step
+                if pending is not None:
+                    write_train_row(setup, writer, meter, *pending)
+                pending = (step, sums) if step % config.train.log_every == 0 or step == total_steps else None
+                writer.advance(step)
+                saver.check()
+                evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
+                if evaluating:
+                    validation.measure(state, step, stop)
+                stopping = stop.requested is not None or step == stop_at
+                periodic = (
+                    config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
+                )
+                if evaluating or periodic or stopping:
+                    saver.save(state, progress)
+                if stopping:
+                    break
             if pending is not None:
-                write_train_row(writer, meter, *pending)
-            pending = (step, sums) if step % config.train.log_every == 0 or step == total_steps else None
-            writer.advance(step)
-            saver.check()
-            evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
-            if evaluating and "validation" in forwards:
-                last = evaluate(forwards["validation"], job, examples["validation"], state.weights)
-                measured_at = step
-                value = float(last.metrics[metric])
-                writer.write("validation", step, last.metrics)
-                writer.say(f"step {step}: validation {metric} {value:.4f}, loss {last.metrics['loss']:.4f}")
-                better = metrics.is_better(metric, value, progress.best_value)
-                progress.stale = 0 if better else progress.stale + 1
-                if better:
-                    progress.best_step, progress.best_value = step, value
-            stopping = bool(stop) or step == stop_at
-            periodic = config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
-            if evaluating or periodic or stopping:
-                saver.save(state, progress)
-            if stopping and step < total_steps:
-                break
-    if pending is not None:
-        write_train_row(writer, meter, *pending)
-    saver.finish()
-    if (stop or step == stop_at) and step < total_steps and progress.stale < patience:
-        writer.close()
-        raise Stopped(step, 128 + (stop[0] if stop else signal.SIGTERM))
+                write_train_row(setup, writer, meter, *pending)
+            signals.phase("saving")
+            saver.finish()
+            if stop.requested is not None or (step == stop_at and step < total_steps):
+                raise Stopped(step, 128 + (stop.requested or signal.SIGTERM))
+        signals.phase("evaluating the result; all updates are saved")
+        return finish(setup, run, saver, forwards, state, progress, validation, writer, meter)
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The result: the best checkpoint on validation and test.
-    # ----------------------------------------------------------------------------------------------------------------
-    best, final = progress.best_step or step, state.weights
+
+def finish(
+    setup: Setup,
+    run: Path,
+    saver: CheckpointWriter,
+    forwards: dict[str, Forward],
+    state: TrainState,
+    progress: Progress,
+    validation: "Validation",
+    writer: Writer,
+    meter: "Meter",
+) -> dict[str, Any]:
+    """The result: the best checkpoint on validation and test, and result.json."""
+    step = int(state.step)
+    best, weights = progress.best_step or step, state.weights
     if best != step:
         try:
-            final = saver.checkpoints.restore_weights(jax.tree.map(abstract_leaf, final), best)
+            weights = saver.checkpoints.restore_weights(jax.tree.map(abstract_leaf, weights), best)
         except UserError as error:
             writer.say(f"{error}; the result is of the last step, {step}, instead of the best, {best}")
             best = step
-    evaluations = {"validation": last} if last is not None and measured_at == best else {}
+    evaluations = {}
     for split, forward in forwards.items():
-        if split not in evaluations:
-            evaluations[split] = evaluate(forward, job, examples[split], final)
+        if split == "validation" and validation.last is not None and validation.measured_at == best:
+            evaluations[split] = validation.last
+        else:
+            evaluations[split] = evaluate(forward, setup.job, setup.examples[split], weights)
     if "test" in evaluations:
         writer.write("test", best, evaluations["test"].metrics)
-    writer.close()
     for split, evaluation in evaluations.items():
-        say(f"{split}, step {best}\n{evaluation.report}")
+        writer.say(f"{split}, step {best}\n{evaluation.report}")
     result = {
         "best_step": best,
         "steps": step,
@@ -215,7 +264,61 @@ def train(
     }
     if jax.process_index() == 0:
         write_json(run / RESULT_FILE, result)
+    kept = saver.checkpoints.steps()
+    total = sum(map(saver.checkpoints.bytes_of, kept))
+    say(f"checkpoints of steps {kept}: {total / 1e6:,.1f} MB in {saver.checkpoints.folder}")
     return result
+
+
+class Validation:
+    """Evaluations on the validation split while training, and what they decide."""
+
+    def __init__(self, setup: Setup, forward: Forward | None, writer: Writer, progress: Progress) -> None:
+        """
+        Args:
+            setup: The run.
+            forward: Of the validation split; None where there is none.
+            writer: Takes the rows.
+            progress: Takes the best step and value.
+        """
+        self._setup, self._forward, self._writer, self._progress = setup, forward, writer, progress
+        self.last: Evaluation | None = None
+        self.measured_at = -1
+
+    def measure(self, state: TrainState, step: int, stop: signals.Watch) -> None:
+        """Evaluate at this step. A signal breaks it off, and leaves a note that it is to be repeated."""
+        if self._forward is None:
+            return
+        setup, progress = self._setup, self._progress
+        progress.unevaluated = True
+        try:
+            found = evaluate(
+                self._forward,
+                setup.job,
+                setup.examples["validation"],
+                state.weights,
+                lambda: stop.requested is not None,
+            )
+        except Interrupted:
+            return
+        progress.unevaluated = False
+        self.last, self.measured_at = found, step
+        value = float(found.metrics[setup.metric])
+        self._writer.write("validation", step, found.metrics)
+        self._writer.say(
+            f"step {step}: validation {setup.metric} {value:.4f}, loss {found.metrics['loss']:.4f}"
+        )
+        if found.only_class is not None:
+            rate = setup.config.optim.learning_rate
+            self._writer.say(
+                f"step {step}: all of validation is predicted as {found.only_class!r}. If it stays so the model has"
+                f" collapsed: lower optim.learning-rate ({rate:g}), lengthen optim.warmup-ratio"
+                f" ({setup.config.optim.warmup_ratio:g}), or try another seed ({setup.config.seed})"
+            )
+        better = metrics.is_better(setup.metric, value, progress.best_value)
+        progress.stale = 0 if better else progress.stale + 1
+        if better:
+            progress.best_step, progress.best_value = step, value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,28 +346,6 @@ def is_boundary(every: int | None, step: int, batches: Batches, total_steps: int
     if every is not None:
         return step % every == 0
     return batches.epochs.locate(step)[1] == 0
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT, so that the loop can save first. A second signal ends the process at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            os._exit(128 + number)
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: signals are not ours to take
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,19 +383,34 @@ class Meter:
         return {"train_seconds": seconds, rate: (self._tokens or self._examples) / seconds}
 
 
-def write_train_row(writer: Writer, meter: Meter, step: int, sums: Any) -> None:
-    """The numbers of one step, read when the next one is already on its way."""
-    values = metrics.means(jax.device_get(sums)) | meter.rates(step)
-    writer.write("train", step, {"epoch": meter._batches.epochs.locate(step - 1)[0], **values})
-    rate = values.get("real_tokens_per_second", 0.0)
-    shown = {"tokens/s": rate} if rate else {}
-    writer.advance(step, loss=values["loss"], **{"examples/s": values["examples_per_second"]}, **shown)
+def write_train_row(setup: Setup, writer: Writer, meter: Meter, step: int, sums: Any) -> None:
+    """The numbers of one step, read when the next one is already on its way.
+
+    Raises:
+        UserError: Too many updates in a row were not finite.
+    """
+    values, rates = metrics.means(jax.device_get(sums)), meter.rates(step)
+    in_a_row = int(values.pop("skipped_in_a_row"))
+    values["skipped"] = int(values["skipped"])
+    writer.write("train", step, {"epoch": setup.batches.epochs.locate(step - 1)[0], **values})
+    writer.write_timings(step, rates)
+    shown = {"loss": values["loss"], "examples/s": rates["examples_per_second"]}
+    if "real_tokens_per_second" in rates:
+        shown["tokens/s"] = rates["real_tokens_per_second"]
+    writer.advance(step, **shown)
+    if in_a_row:
+        writer.say(f"step {step}: loss or gradient is not finite; {in_a_row} updates in a row are skipped")
+    if in_a_row >= setup.config.train.stop_after_skipped:
+        raise UserError(
+            f"{in_a_row} updates in a row up to step {step} had a loss or a gradient that is not finite"
+            f" (train.stop-after-skipped {setup.config.train.stop_after_skipped}); the last good checkpoint stays:"
+            f" look at the data, or lower optim.learning-rate ({setup.config.optim.learning_rate:g}) in a new --workdir"
+        )
 
 
-def announce(
-    job: Job, state: Any, note: str, examples: dict[str, Any], batches: Batches, total_steps: int
-) -> None:
+def announce(setup: Setup, state: TrainState, note: str) -> None:
     """What is about to be trained, on what."""
+    job, batches = setup.job, setup.batches
     say(f"{job.task.architecture}: {note}")
     say(parameter_table(state))
     if state.model_state and getattr(job.task, "batch_norm", "") == "train" and state.frozen:
@@ -322,11 +418,13 @@ def announce(
     devices = job.mesh.devices.flat
     say(f"mesh {dict(job.mesh.shape)} on {len(devices)} {devices[0].device_kind} device(s)")
     shape = batches.shape
-    text = f"{len(examples['train'])} training segments, {total_steps} updates of {shape.rows} rows"
+    text = (
+        f"{len(setup.examples['train'])} training segments, {setup.total_steps} updates of {shape.rows} rows"
+    )
     if batches.examples.lengths is not None:
         text += f" x {shape.length} pieces, {100 * padding_share(batches):.1f} % padding"
     say(text)
-    for split, features in examples.items():
+    for split, features in setup.examples.items():
         cut = int(getattr(features, "cut", 0))
         if cut:
             how = (

@@ -1,10 +1,12 @@
 """Where numbers go: metrics.jsonl, TensorBoard and the log (both through CLU), and a progress bar.
 
-Rows are functions of the step alone, but for timings: a resumed run writes the rows an uninterrupted one would.
+metrics.jsonl is a function of the run alone: a run that was stopped and resumed writes the bytes that an uninterrupted
+one does. What the clock says goes into timings.jsonl.
 TensorFlow is imported here only, because CLU writes event files with it, after accelerators are hidden from it.
 """
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -16,6 +18,7 @@ import jax
 from tqdm import tqdm
 
 FILE = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
 
 
 class Writer:
@@ -29,25 +32,36 @@ class Writer:
             resumed_at: Step that training starts from; rows of later steps, left by a stopped run, are removed.
             total: Updates in all, for the progress bar.
         """
-        self._file = None
+        self._files: dict[str, Any] = {}
         self._clu = None
         self._bar = tqdm(total=total, initial=resumed_at, unit="step", disable=None, dynamic_ncols=True)
         if jax.process_index() != 0:
             return
-        path = run / FILE
-        _forget_after(path, resumed_at)
-        self._file = path.open("a", encoding="utf-8")
+        for name in (FILE, TIMINGS):
+            _forget_after(run / name, resumed_at)
+            self._files[name] = (run / name).open("a", encoding="utf-8")
         if tensorboard:
             self._clu = _clu_writer(run)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One row; `kind` is train, validation or test. Values that are no numbers go to metrics.jsonl only."""
-        if self._file is None:
+        """One row; `kind` is train, validation or test. Values that are no numbers go to metrics.jsonl only.
+
+        A value that is not finite is written as null: NaN is no JSON.
+        """
+        self._write(FILE, kind, step, values)
+
+    def write_timings(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of rates and times of training."""
+        self._write(TIMINGS, "train", step, values)
+
+    def _write(self, name: str, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        if name not in self._files:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
+        self._files[name].write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
+        self._files[name].flush()
         if self._clu is not None:
-            scalars = {f"{kind}/{n}": v for n, v in values.items() if isinstance(v, int | float)}
+            scalars = {f"{kind}/{n}": v for n, v in row.items() if isinstance(v, int | float)}
             self._clu.write_scalars(step, scalars)
 
     def advance(self, step: int, **shown: float) -> None:
@@ -63,8 +77,8 @@ class Writer:
     def close(self) -> None:
         """Flush everything."""
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
+        for file in self._files.values():
+            file.close()
         if self._clu is not None:
             self._clu.close()
 

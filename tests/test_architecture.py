@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "finetune_jax"
 FLOORS = [
-    {"errors", "__init__"},
+    {"errors", "signals", "__init__"},
     {"models", "metrics", "writers", "config", "tree", "doctor", "seal"},
     {"data", "hf", "optim", "sharding"},
     {"tasks", "state"},

@@ -142,7 +142,7 @@ def test_evaluation_is_exact_on_ragged_splits(kind, packing, devices, tmp_path):
 def test_padding_rows_count_nothing(tmp_path):
     config = text(tmp_path)
     job, examples, state, _ = setup(config)
-    shape = evaluation_shape(examples["test"], 16, 32, False, 1)
+    shape = evaluation_shape(examples["test"], 16, 32, False)
     batches = Batches(examples["test"], shape, None, False)
     last = batches[len(batches) - 1]
     forward = jax.jit(make_forward(job.task, job.parts))

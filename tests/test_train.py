@@ -33,10 +33,9 @@ def config_of(kind, tmp_path, **train):
     return tiny.text_config(tiny.write_texts(tmp_path / "texts"), **train)
 
 
-def rows(run, kind="train", drop=("examples_per_second", "real_tokens_per_second")):
-    """metrics.jsonl without timings."""
+def rows(run, kind="train"):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{n: v for n, v in line.items() if n not in drop} for line in lines if line["kind"] == kind]
+    return [line for line in lines if line["kind"] == kind]
 
 
 def saved(run):
@@ -84,8 +83,7 @@ def test_stopped_and_resumed_is_bit_identical(kind, tmp_path, one_device, monkey
     step_parts, state_parts = saved(parts)
     assert step_whole == step_parts == 20
     assert_same_bits(state_whole, state_parts)
-    assert rows(whole) == rows(parts)
-    assert rows(whole, "validation") == rows(parts, "validation")
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
     assert [ids for _, ids in seen_whole] == [ids for _, ids in seen]
     results = [json.loads((run / "result.json").read_text()) for run in (whole, parts)]
     assert results[0]["metrics"] == results[1]["metrics"]
@@ -168,7 +166,7 @@ def test_result_and_run_folder(tmp_path, one_device):
     assert kept == {result["best_step"], result["steps"]}
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["labels"] == ["O", "B-loc", "I-loc", "B-per", "I-per"]
-    assert manifest["versions"]["jax"]
+    assert manifest["conditions"]["versions"]["jax"]
 
 
 def test_it_learns(tmp_path, one_device):

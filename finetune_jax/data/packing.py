@@ -122,14 +122,16 @@ def plan_packed(order: np.ndarray, lengths: np.ndarray, shape: RowShape) -> Plan
     )
 
 
-def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int, multiple: int) -> RowShape:
+def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int) -> RowShape:
     """Rows and their length so that a filled batch holds `batch_size` examples of mean length.
+
+    The devices are not asked, so that a run has the same batches on any number of them; rows that are missing to divide
+    are added empty (`Batches.rows`).
 
     Args:
         lengths: Pieces of each segment of the training split.
         batch_size: Examples a batch, on average.
         max_length: Longest row, pieces.
-        multiple: The number of rows must divide by this (devices times micro-batches).
     """
     mean = float(lengths.mean())
     wanted = batch_size * mean / FILL
@@ -137,10 +139,9 @@ def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int, multiple
     # Four mean segments a row and more leave little over at its end; the length is a multiple of 8 for the hardware.
     low = min(_ceil(max(longest, 4 * mean), 8), _ceil(max_length, 8))
     best: RowShape | None = None
-    for rows in range(multiple, _ceil(wanted / low, multiple) + multiple, multiple):
+    for rows in range(1, _ceil(wanted / low, 1) + 2):
         length = min(max(8 * round(wanted / rows / 8), low), _ceil(max_length, 8))
-        error = abs(rows * length - wanted)
-        if best is None or error < abs(best.rows * best.length - wanted):
+        if best is None or abs(rows * length - wanted) < abs(best.rows * best.length - wanted):
             best = RowShape(rows, length, 0, batch_size)
     assert best is not None
     most = max(1, best.length // int(lengths.min()))

@@ -115,15 +115,22 @@ class Batches:
     packing: bool
     steps: int = 0
     """How many there are; 0 stands for one epoch."""
+    parts: int = 1
+    """What the rows on the devices must divide by."""
 
     def __post_init__(self) -> None:
         self.epochs = Epochs(len(self.examples), self.shape, self.seed, self.examples.lengths, self.packing)
         self.steps = self.steps or self.epochs.end(0)
-        share = self.shape.rows // jax.process_count()
+        share = self.rows // jax.process_count()
         self._rows = (jax.process_index() * share, (jax.process_index() + 1) * share)
 
     def __len__(self) -> int:
         return self.steps
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch: those of the plan, and empty ones after them until the parts divide it."""
+        return math.ceil(self.shape.rows / self.parts) * self.parts
 
     def placement(self, step: int) -> Placement:
         """Which segments the global batch of a step holds, and where."""
@@ -144,26 +151,26 @@ class Batches:
 def padding_share(batches: Batches) -> float:
     """Share of a first epoch's positions that hold no token."""
     plan = batches.epochs.plan(0)
-    positions = len(plan) * batches.shape.rows * batches.shape.length
+    positions = len(plan) * batches.rows * batches.shape.length
     return 1.0 - batches.examples.tokens_of(plan.segment) / positions
 
 
 def train_shape(examples: Examples, batch_size: int, max_length: int, packing: bool, parts: int) -> RowShape:
-    """The static shape of a training batch.
+    """The static shape of a training batch. With packing it does not depend on `parts`.
 
     Args:
         examples: The training split.
         batch_size: Examples a batch (with packing, on average).
         max_length: Longest row.
         packing: Several segments a row.
-        parts: Devices along the batch, times micro-batches: rows must divide by it.
+        parts: Devices along the batch, times micro-batches.
 
     Raises:
-        UserError: The batch does not divide.
+        UserError: An unpacked batch does not divide by the parts.
     """
     lengths = examples.lengths
     if packing and lengths is not None:
-        return packed_shape(lengths, batch_size, max_length, parts)
+        return packed_shape(lengths, batch_size, max_length)
     if batch_size % parts:
         raise UserError(
             f"train.batch-size {batch_size} does not divide by {parts} (devices along data and fsdp, times"
@@ -172,15 +179,12 @@ def train_shape(examples: Examples, batch_size: int, max_length: int, packing: b
     return RowShape(batch_size, 1 if lengths is None else _padded(lengths, max_length), 1)
 
 
-def evaluation_shape(
-    examples: Examples, batch_size: int, max_length: int, packing: bool, parts: int
-) -> RowShape:
-    """The static shape of an evaluation batch; rows are rounded up to divide by `parts`, the rest is padding."""
+def evaluation_shape(examples: Examples, batch_size: int, max_length: int, packing: bool) -> RowShape:
+    """The static shape of an evaluation batch."""
     lengths = examples.lengths
     if packing and lengths is not None:
-        return replace(packed_shape(lengths, batch_size, max_length, parts), examples=0)
-    rows = math.ceil(batch_size / parts) * parts
-    return RowShape(rows, 1 if lengths is None else _padded(lengths, max_length), 1)
+        return replace(packed_shape(lengths, batch_size, max_length), examples=0)
+    return RowShape(batch_size, 1 if lengths is None else _padded(lengths, max_length), 1)
 
 
 def _padded(lengths: np.ndarray, max_length: int) -> int:

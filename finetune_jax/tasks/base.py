@@ -72,6 +72,10 @@ class Task(abc.ABC):
     def metrics(self, logits: np.ndarray, examples: Any) -> tuple[dict[str, Any], str]:
         """Exact metrics of a whole split, and a report to print. `logits` has a row a segment or a piece."""
 
+    def only_class(self, logits: np.ndarray, examples: Any) -> str | None:
+        """The one class that all of a split is predicted as, where it is labelled with several; else None."""
+        return None
+
     @abc.abstractmethod
     def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """One line of a prediction file as a record of this task; `where` names it in errors."""
@@ -100,6 +104,17 @@ class ClassTask(Task):
         return cross_entropy(
             logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
         )
+
+    def only_class(self, logits: np.ndarray, examples: Any) -> str | None:
+        """The sign of a model that has collapsed."""
+        true, predicted = self.classes(logits, examples)
+        if len(np.unique(predicted)) > 1 or len(np.unique(true)) < 2:
+            return None
+        return self.labels[int(predicted[0])]
+
+    @abc.abstractmethod
+    def classes(self, logits: np.ndarray, examples: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(true, predicted) class ids of all that is scored in a split."""
 
     def predictions(
         self, logits: np.ndarray, examples: Any, records: Records, raw: bool

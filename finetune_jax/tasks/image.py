@@ -45,10 +45,13 @@ class ImageClassification(ClassTask):
         update = key is not None and self.batch_norm == "train"
         return model(pixels, batch["weights"], update_statistics=update)
 
+    def classes(self, logits: np.ndarray, examples: ImageExamples) -> tuple[np.ndarray, np.ndarray]:
+        """Of the images."""
+        return np.asarray(examples.records.columns(["label"])["label"], np.int64), logits.argmax(-1)
+
     def metrics(self, logits: np.ndarray, examples: ImageExamples) -> tuple[dict[str, Any], str]:
         """Accuracy (top-1), top-5, precision, recall, F1, Matthews, confusion matrix."""
-        true = np.asarray(examples.records.columns(["label"])["label"], np.int64)
-        predicted = logits.argmax(-1)
+        true, predicted = self.classes(logits, examples)
         figures = metrics.classification(true, predicted, len(self.labels))
         figures["top_5"] = metrics.top_k(true, logits, 5)
         return figures, metrics.report(true, predicted, self.labels)

@@ -85,9 +85,13 @@ class SequenceClassification(ClassTask, SequenceTask):
     metric = "accuracy"
     metric_names = metrics.CLASSIFICATION
 
+    def classes(self, logits: np.ndarray, examples: TextFeatures) -> tuple[np.ndarray, np.ndarray]:
+        """Of the segments."""
+        return np.asarray(examples.labels), logits.argmax(-1)
+
     def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
         """Accuracy, precision, recall, F1, Matthews, confusion matrix."""
-        true, predicted = np.asarray(examples.labels), logits.argmax(-1)
+        true, predicted = self.classes(logits, examples)
         return metrics.classification(true, predicted, len(self.labels)), metrics.report(
             true, predicted, self.labels
         )

@@ -70,6 +70,12 @@ class TokenClassification(ClassTask, TextTask):
             dropout_key=key,
         )
 
+    def classes(self, logits: np.ndarray, examples: TextFeatures) -> tuple[np.ndarray, np.ndarray]:
+        """Of the words."""
+        tags = (np.asarray(examples.labels), logits.argmax(-1))
+        true, predicted = (np.concatenate(self._by_example(ids, examples)) for ids in tags)
+        return true, predicted
+
     def _by_example(self, flat: np.ndarray, examples: TextFeatures) -> list[np.ndarray]:
         """Rows of the first pieces, gathered by word, split by example."""
         by_word = np.zeros((int(examples.word_offsets[-1]), *flat.shape[1:]), flat.dtype)
@@ -79,14 +85,12 @@ class TokenClassification(ClassTask, TextTask):
 
     def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
         """Entity precision, recall, F1 (strict), and scikit-learn's report over words."""
-        true = [
-            [self.labels[i] for i in row] for row in self._by_example(np.asarray(examples.labels), examples)
+        by_example = [
+            self._by_example(ids, examples) for ids in (np.asarray(examples.labels), logits.argmax(-1))
         ]
-        predicted = [[self.labels[i] for i in row] for row in self._by_example(logits.argmax(-1), examples)]
+        true, predicted = ([[self.labels[i] for i in row] for row in rows] for rows in by_example)
         figures = metrics.entity_scores(true, predicted)
-        ids = {label: index for index, label in enumerate(self.labels)}
-        flat = [[ids[tag] for row in rows for tag in row] for rows in (true, predicted)]
-        words = metrics.report(flat[0], flat[1], self.labels)
+        words = metrics.report(*self.classes(logits, examples), self.labels)
         return figures, f"entities (strict)\n{metrics.entity_report(figures)}\nwords\n{words}"
 
     def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:

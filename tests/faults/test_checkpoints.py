@@ -44,6 +44,8 @@ def state_at(step: int, devices: int = 1) -> TrainState:
             lambda leaf: jax.device_put(leaf, split if leaf.ndim == 2 else whole), optimizer.init(params)
         ),
         key=jax.device_put(jax.random.key_data(jax.random.key(0)), whole),
+        skipped=jax.device_put(jnp.int32(0), whole),
+        skipped_in_a_row=jax.device_put(jnp.int32(0), whole),
     )
 
 

@@ -1,0 +1,149 @@
+"""SIGTERM and SIGINT in every phase of a command.
+
+Python runs signal handlers in its main thread, which a compilation or a download holds for minutes, and a preempted
+machine is gone in 30 seconds. So a thread of its own reads the signals, from a pipe into which the interpreter writes
+them at once. What it does depends on what is at stake: nothing yet (importing, compiling, exporting), and the process
+ends; updates that are not saved, and the loop is asked to save within a grace period. A second signal ends at once.
+
+Imports nothing heavy: it is there before everything else.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Watch:
+    """The signals of this process, from `start` to `stop`."""
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        """The signal that asks the loop to save and stop."""
+        self.phase = "starting"
+        """What the process is at, for the line that it ends with."""
+        self.scratch: set[Path] = set()
+        """Folders that must not outlive the process."""
+        self._grace: float | None = None
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        """Take the signals over. Only in the main thread."""
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._handlers = {number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS}
+        self._fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._run, name="signals", daemon=True).start()
+
+    def stop(self) -> None:
+        """Give them back."""
+        signal.set_wakeup_fd(self._fd)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._write)  # the thread reads to the end, and ends
+
+    @contextlib.contextmanager
+    def at_stake(self, grace: float) -> Iterator["Watch"]:
+        """In here a signal sets `requested`; after `grace` seconds the process ends, saved or not."""
+        with self._lock:
+            self._grace = grace
+        try:
+            yield self
+        finally:
+            with self._lock:
+                self._grace = None
+                if self._timer is not None:
+                    self._timer.cancel()
+
+    def _run(self) -> None:
+        while received := os.read(self._read, 1):
+            number = received[0]
+            if number not in SIGNALS:
+                continue
+            name = signal.Signals(number).name
+            with self._lock:
+                if self.requested is not None:
+                    self._end(number, f"a second signal ({name}): ended while {self.phase}, without saving")
+                grace = self._grace
+                if grace is None:
+                    return self._end(number, f"{name}: ended while {self.phase}; nothing was to be saved")
+                self.requested = number
+                late = f"{name}: {grace:g} s are over and the save is not: ended while {self.phase}"
+                self._timer = threading.Timer(grace, self._end, (number, late))
+                self._timer.daemon = True
+                self._timer.start()
+            _tell(f"{name}: saving, then stopping")
+        os.close(self._read)
+
+    def _end(self, number: int, text: str) -> None:
+        _tell(text)
+        for folder in self.scratch:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + number)
+
+
+_watch: Watch | None = None
+
+
+def install() -> None:
+    """Watch from now on, as a command does first of all."""
+    global _watch
+    if _watch is None:
+        _watch = Watch()
+        _watch.start()
+
+
+@contextlib.contextmanager
+def at_stake(grace: float) -> Iterator[Watch]:
+    """The watch, while there is something to save. A program that calls `train` itself has its handlers back afterwards."""
+    if _watch is not None:
+        with _watch.at_stake(grace) as watch:
+            yield watch
+        return
+    watch = Watch()
+    try:
+        watch.start()
+    except ValueError:  # not in the main thread: signals are not ours to take
+        yield watch
+        return
+    try:
+        with watch.at_stake(grace):
+            yield watch
+    finally:
+        watch.stop()
+
+
+def phase(name: str) -> None:
+    """What the process is at from now on: compiling, exporting, ..."""
+    if _watch is not None:
+        _watch.phase = name
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder that is removed at the end, whatever the end is."""
+    folders = _watch.scratch if _watch is not None else set()
+    folders.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        folders.discard(folder)
+
+
+def _leave_it_to_the_thread(number: int, frame: Any) -> None:
+    pass
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone: that must not stop the end
+        sys.stderr.write(f"\nfinetune-jax: {text}\n")
+        sys.stderr.flush()
