@@ -205,6 +205,11 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
                 saver.check()
                 evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
                 if evaluating:
+                    if (
+                        pending is not None
+                    ):  # its row comes before the evaluation's, also where that is repeated
+                        write_train_row(setup, writer, meter, *pending)
+                        pending = None
                     validation.measure(state, step, stop)
                 stopping = stop.requested is not None or step == stop_at
                 periodic = (

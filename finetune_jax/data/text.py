@@ -20,6 +20,7 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from finetune_jax.data.packing import Placement, RowShape, positions
 from finetune_jax.errors import UserError
+from finetune_jax.hf.files import MAX_TOKENIZER_BYTES, bounded, read_json
 
 FEATURES_VERSION = 1  # part of the cache key: raise it when the features of the same text change
 CHUNK = 4096  # records tokenised at a time
@@ -53,14 +54,21 @@ def load_tokenizer(source: Path) -> TextTokenizer:
     folder = source if source.is_dir() else source.parent
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     settings: dict[str, Any] = {}
+    for file in files:
+        bounded(file, MAX_TOKENIZER_BYTES)
     if (folder / CONFIG_FILE).is_file():
-        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = read_json(folder / CONFIG_FILE)
+    if settings.get("auto_map"):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: auto_map names code to run; only tokenizers that need none are supported"
+        )
     lower = bool(settings.get("do_lower_case", True))
     vocab = source if source.is_file() else folder / "vocab.txt"
     try:
         if source.is_dir() and (folder / "tokenizer.json").is_file():
             backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         elif vocab.is_file():
+            bounded(vocab, MAX_TOKENIZER_BYTES)
             backend = BertWordPieceTokenizer(str(vocab), lowercase=lower)._tokenizer
             files = tuple(file for file in files if file.name != "tokenizer.json")
         else:

@@ -19,8 +19,8 @@ LARGEST = 2**27
 MOST_LAYERS = 1000
 
 _HARMLESS = """
-_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures
-attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+_attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures
+bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
 cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
 encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
 forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label label2id language length_penalty
@@ -33,7 +33,11 @@ top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 
 IGNORED = frozenset(_HARMLESS.split())
 """Labels and names (read elsewhere), generation, storage, and other things that leave the forward pass alone."""
 
+_ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 ONLY: Mapping[str, tuple[Any, ...]] = {
+    "_attn_implementation": _ATTENTION,  # other values name code on a hub, to be downloaded and run
+    "attn_implementation": _ATTENTION,
     "add_cross_attention": (False, None),
     "auto_map": (None, {}),
     "is_decoder": (False, None),
@@ -41,7 +45,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "quantization_config": (None, {}),
 }
-"""Fields that change the arithmetic, with the values under which they do not."""
+"""Fields that change the arithmetic, or name code, with the values under which they do not."""
 
 
 def integer(low: int, high: int = LARGEST) -> Check:

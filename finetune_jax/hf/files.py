@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from finetune_jax.errors import UserError
 
 MAX_JSON_BYTES = 16 * 2**20
+MAX_TOKENIZER_BYTES = 64 * 2**20
 MAX_SHARDS = 1000
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -114,12 +115,51 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
+def inside(path: Path) -> Path:
+    """The path, which is no link out of its folder (in a hub's cache: out of the repository's).
+
+    Raises:
+        UserError: It is one.
+    """
+    folder, real = path.parent.resolve(), path.resolve()
+    roots = [folder]
+    if folder.parent.name == "snapshots":
+        roots.append(folder.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise UserError(f"{path} is a link to {real}, outside its folder; put the file there if you trust it")
+    return path
+
+
+def bounded(path: Path, most: int) -> Path:
+    """The path of a file inside its folder, of at most so many bytes.
+
+    Raises:
+        UserError: It is larger, or a link that leads elsewhere.
+    """
+    size = inside(path).stat().st_size
+    if size > most:
+        raise UserError(f"{path} has {size} bytes, over the limit of {most}: it is not what it should be")
+    return path
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no name stands twice: of two values, readers disagree on which counts."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+        )
+    return values
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most MAX_JSON_BYTES.
 
     Raises:
         UserError: Naming the file, if it is absent, too large, not JSON, or not an object.
     """
+    inside(path)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
@@ -128,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if len(raw) > MAX_JSON_BYTES:
         raise UserError(f"{path} has more than {MAX_JSON_BYTES} bytes: it is not what it should be")
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -169,7 +209,7 @@ class Tensors(Mapping[str, np.ndarray]):
             raise UserError(f"{self.folder} has no {WEIGHTS}, {found}; {_CONVERT}")
 
     def _open_file(self, name: str) -> Iterable[str]:
-        path = self.folder / name
+        path = inside(self.folder / name)
         try:
             self._files[name] = safe_open(path, framework="numpy").__enter__()
         except (SafetensorError, OSError) as error:

@@ -19,6 +19,8 @@ from finetune_jax.models.resnet import ResNetConfig
 
 FAMILIES: Mapping[str, Family] = {"bert": bert.FAMILY, "resnet": resnet.FAMILY}
 _SHOWN = 20
+_LONGEST_LABEL = 1000
+_NO_LABEL = re.compile(r"[\x00-\x1f\x7f]|(^|[/\\])\.\.([/\\]|$)")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ def _labels(fields: Mapping[str, Any], where: str) -> tuple[tuple[str, ...] | No
     if stated is not None and stated != count:
         raise UserError(f"{where}: num_labels is {stated}, but id2label has {count} labels")
     labels = tuple(id2label[str(index)] for index in range(count))
+    for label in labels:
+        if len(label) > _LONGEST_LABEL or _NO_LABEL.search(label):
+            raise UserError(
+                f"{where}: label {label[:60]!r} is no name: no control characters, no ../, at most"
+                f" {_LONGEST_LABEL} characters"
+            )
     label2id = fields.get("label2id")
     if label2id is not None:
         # Names may repeat, as two of ImageNet's do: each must lead back to itself, not each id to its own.
