@@ -52,10 +52,10 @@ def state_of(parameters: int) -> TrainState:
 
 
 def without_digests() -> contextlib.ExitStack:
-    """The same save, with neither copies nor digests nor a manifest."""
+    """The same save, with neither digests nor a manifest."""
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(seal, "write_seal", lambda *_: None))
-    stack.enter_context(mock.patch.object(checkpoint, "host_leaves", lambda _: {}))
+    stack.enter_context(mock.patch.object(seal, "write_seal", return_value=None))
+    stack.enter_context(mock.patch.object(checkpoint, "named_leaves", return_value={}))
     return stack
 
 

@@ -34,27 +34,34 @@ def digest_file(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def write_seal(folder: Path, step: int, leaves: Mapping[str, np.ndarray]) -> None:
+def leaf_record(leaf: np.ndarray) -> dict[str, Any]:
+    """Shape, dtype and digest of a leaf, and whether all its values are finite."""
+    return {
+        "shape": list(leaf.shape),
+        "dtype": leaf.dtype.name,
+        "xxh3_128": digest_array(leaf),
+        "finite": is_finite(leaf),
+    }
+
+
+def write_seal(folder: Path, step: int, leaves: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the manifest of what is in `folder`, all at once and last.
 
     Args:
         folder: Of one checkpoint, its files complete.
         step: Its step.
-        leaves: Host values by path, as they were on the devices.
+        leaves: The `leaf_record` of each leaf as it was on the devices, by path.
 
     Raises:
         ValueError: A leaf has values that are not finite: no such state may ever be resumed or called the best.
     """
-    bad = [path for path, leaf in leaves.items() if not is_finite(leaf)]
+    bad = [path for path, record in leaves.items() if not record["finite"]]
     if bad:
         raise ValueError(f"{len(bad)} leaves hold values that are not finite, the first is {bad[0]}")
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
-        "leaves": {
-            path: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "xxh3_128": digest_array(leaf)}
-            for path, leaf in leaves.items()
-        },
+        "leaves": dict(leaves),
         "files": {
             name: {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
             for name, path in _files(folder).items()
@@ -123,9 +130,9 @@ def is_finite(leaf: np.ndarray) -> bool:
     """No NaN and no infinity; integers have none."""
     if not np.issubdtype(leaf.dtype, np.inexact):
         return True
-    # A sum is a quarter of the work of a mask, and is not finite where a value is not; where it overflows, look closer.
+    # A sum is less work than a mask, and is not finite where a value is not; where it only overflows, look closer.
     with np.errstate(all="ignore"):
-        return bool(np.isfinite(leaf.sum(dtype=np.float64)) or np.isfinite(leaf).all())
+        return bool(np.isfinite(leaf.sum()) or np.isfinite(leaf).all())
 
 
 def _files(folder: Path) -> dict[str, Path]:
