@@ -17,6 +17,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from finetune_jax.errors import UserError
+
 FILE = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 
@@ -58,8 +60,14 @@ class Writer:
         if name not in self._files:
             return
         row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
-        self._files[name].write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
-        self._files[name].flush()
+        try:
+            self._files[name].write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            place = self._files[name].name
+            raise UserError(
+                f"{place} cannot be written: {error.strerror}; free space, and the same command goes on"
+            ) from error
         if self._clu is not None:
             scalars = {f"{kind}/{n}": v for n, v in row.items() if isinstance(v, int | float)}
             self._clu.write_scalars(step, scalars)
