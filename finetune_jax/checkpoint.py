@@ -117,9 +117,8 @@ class Checkpoints:
             if not faults:
                 try:
                     items = self._read(step, {"weights": state.weights, "training": training_of(state)})
-                except (
-                    Exception
-                ) as error:  # Orbax and TensorStore raise many kinds for bytes they cannot read
+                # Orbax and TensorStore raise many kinds of errors for bytes they cannot read.
+                except Exception as error:
                     faults = [f"it cannot be restored ({type(error).__name__}: {one_line(error)})"]
                 else:
                     manifest, _ = seal.read_seal(self.folder / str(step))
@@ -292,7 +291,10 @@ class CheckpointWriter:
             with self._failing(self._current.step):
                 self._saver.wait_until_finished()
                 best, self._current, self._failure = self._current.best, None, None
-                self._prune(best)
+                try:
+                    self._prune(best)
+                except OSError as error:  # what is kept too long is no failed save
+                    say(f"old checkpoints could not be removed: {one_line(error)}")
 
     def finish(self) -> None:
         """Wait, and end the background threads.

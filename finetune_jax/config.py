@@ -119,6 +119,10 @@ class DataConfig:
     """Seed of the fractions and of max_train_examples."""
     max_train_examples: int | None = None
     """Use this many training examples, drawn with `split_seed`."""
+    bad_records: Literal["fail", "skip"] = "fail"
+    """Local files: a record that cannot be used ends the preparation, named by file and line, or is left out and counted."""
+    max_bad_records: int = 100
+    """With bad_records "skip": more than so many in a data set end the preparation all the same."""
     columns: dict[str, str] = field(default_factory=dict)
     """ROLE COLUMN pairs where the names differ; roles: text, text_a, text_b, label, score, tokens, tags, image."""
     max_length: int = 128
@@ -345,6 +349,7 @@ def validate(config: Config) -> Config:
         ("checkpoint.keep-every-steps", config.checkpoint.keep_every_steps, 1),
         ("data.threads", config.data.threads, 1),
         ("data.max-length", config.data.max_length, 8),
+        ("data.max-bad-records", config.data.max_bad_records, 0),
         ("data.max-train-examples", config.data.max_train_examples, 1),
         ("data.image.size", config.data.image.size, 1),
         ("optim.warmup-steps", config.optim.warmup_steps, 0),

@@ -182,6 +182,8 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
     writer = Writer(run, config.train.tensorboard, step, total_steps)
     meter = Meter(batches, step)
     validation = Validation(setup, forwards.get("validation"), writer, progress)
+    if step == 0:
+        writer.write("data", 0, {"skipped_records": len(setup.source.skipped)})
     pending: tuple[int, Any] | None = None
     signals.phase("training")
     with contextlib.closing(writer):
@@ -205,16 +207,13 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
                 saver.check()
                 evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
                 if evaluating:
-                    if (
-                        pending is not None
-                    ):  # its row comes before the evaluation's, also where that is repeated
+                    if pending is not None:  # before the evaluation's row, also where that is repeated
                         write_train_row(setup, writer, meter, *pending)
                         pending = None
                     validation.measure(state, step, stop)
                 stopping = stop.requested is not None or step == stop_at
-                periodic = (
-                    config.checkpoint.every_steps is not None and step % config.checkpoint.every_steps == 0
-                )
+                every = config.checkpoint.every_steps
+                periodic = every is not None and step % every == 0
                 if evaluating or periodic or stopping:
                     saver.save(state, progress)
                 if stopping:
@@ -225,7 +224,7 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
             saver.finish()
             if stop.requested is not None or (step == stop_at and step < total_steps):
                 raise Stopped(step, 128 + (stop.requested or signal.SIGTERM))
-        signals.phase("evaluating the result; all updates are saved")
+        signals.phase("evaluating the result")
         return finish(setup, run, saver, forwards, state, progress, validation, writer, meter)
 
 
@@ -429,6 +428,10 @@ def announce(setup: Setup, state: TrainState, note: str) -> None:
     if batches.examples.lengths is not None:
         text += f" x {shape.length} pieces, {100 * padding_share(batches):.1f} % padding"
     say(text)
+    skipped = setup.source.skipped
+    if skipped:
+        shown = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
+        say(f"{len(skipped)} records of the data cannot be used and were left out: {shown}")
     for split, features in setup.examples.items():
         cut = int(getattr(features, "cut", 0))
         if cut:

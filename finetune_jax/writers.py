@@ -46,7 +46,7 @@ class Writer:
             self._clu = _clu_writer(run)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """One row; `kind` is train, validation or test. Values that are no numbers go to metrics.jsonl only.
+        """One row; `kind` is data, train, validation or test. Values that are no numbers go to metrics.jsonl only.
 
         A value that is not finite is written as null: NaN is no JSON.
         """
@@ -98,7 +98,7 @@ def say(text: str) -> None:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Keep the rows up to `step`. Replaced at once, so that a kill leaves the old file or the new one."""
+    """Keep the rows up to `step` (0: none). Replaced at once, so that a kill leaves the old file or the new one."""
     if not path.exists():
         return
     kept = []
@@ -107,7 +107,7 @@ def _forget_after(path: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # a line that a kill cut short
-        if row["step"] <= step and row["kind"] != "test":
+        if row["step"] <= step and row["kind"] != "test" and step:
             kept.append(line + "\n")
     draft = path.with_suffix(".draft")
     draft.write_text("".join(kept), encoding="utf-8")

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.config import DataConfig, TaskName
+from finetune_jax.data.builders.bad import BadRecords
 from finetune_jax.data.builders.catalog import open_catalogued, scan
 from finetune_jax.data.builders.embedded import read_digits, read_support_desk, support_desk_files
 from finetune_jax.data.builders.labels import FirstSeen, read_label_file, settle_labels, sorted_labels
@@ -50,6 +51,8 @@ class Source:
     """sha256 over the content of all splits and the labels."""
     description: str
     """One paragraph for the model card: name, source files, counts."""
+    skipped: tuple[str, ...] = ()
+    """Records that were left out (data.bad_records "skip"): place and cause of each."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Notes:
     """Split -> sha256 of its examples."""
     origins: dict[str, str]
     """Split -> file, folder or TFDS expression."""
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    """What was wrong with the records that were left out."""
 
 
 def cache_root(config: DataConfig) -> Path:
@@ -105,8 +110,9 @@ def load_source(config: DataConfig, task: TaskName, labels: Sequence[str] | None
         ids = {stored: final.index(name) for stored, name in notes.stored if name in final}
         splits = {split: dataclasses.replace(found, ids=ids) for split, found in splits.items()}
     splits = _max_train(_fractions(splits, config), config)
+    fingerprint = _fingerprint(notes, final, config)
     return Source(
-        splits, final, _fingerprint(notes, final, config), _describe(title, notes, splits, final, config)
+        splits, final, fingerprint, _describe(title, notes, splits, final, config), tuple(notes.skipped)
     )
 
 
@@ -121,17 +127,26 @@ def _open_files(config: DataConfig, task: TaskName, layout: Layout, settle: Sett
         content: dict[str, Any] = {split: _stamps(path) for split, path in layout.paths.items()}
     else:
         content = {split: [relative(path), _sha256(path)] for split, path in layout.paths.items()}
-    key = _key(task=task, format=layout.format, columns=config.columns, content=content, parts=layout.parts)
+    key = _key(
+        task=task,
+        format=layout.format,
+        columns=config.columns,
+        content=content,
+        parts=layout.parts,
+        bad=[config.bad_records, config.max_bad_records if config.bad_records == "skip" else 0],
+    )
+    bad = BadRecords(config.bad_records, config.max_bad_records)
 
     def read() -> RawSource:
         if layout.format == "image_folder":
-            return read_image_folders(layout.paths, layout.root)
+            return read_image_folders(layout.paths, layout.root, bad)
         if layout.format == "npz":
-            return read_npz({split: (path, layout.parts[split]) for split, path in layout.paths.items()})
-        tables = {split: read_table(path, layout.format) for split, path in layout.paths.items()}
-        return source_of_tables(tables, task, config.columns)
+            files = {split: (path, layout.parts[split]) for split, path in layout.paths.items()}
+            return read_npz(files, bad)
+        tables = {split: read_table(path, layout.format, bad) for split, path in layout.paths.items()}
+        return source_of_tables(tables, task, config.columns, bad)
 
-    return _open_records(config, layout.title, key, read, settle)
+    return _open_records(config, layout.title, key, read, settle, bad)
 
 
 def _open_embedded(config: DataConfig, task: TaskName, settle: Settle) -> Opened:
@@ -183,7 +198,12 @@ def _open_tfds(config: DataConfig, task: TaskName, settle: Settle) -> Opened:
 
 
 def _open_records(
-    config: DataConfig, title: str, key: str, read: Callable[[], RawSource], settle: Settle
+    config: DataConfig,
+    title: str,
+    key: str,
+    read: Callable[[], RawSource],
+    settle: Settle,
+    bad: BadRecords | None = None,
 ) -> Opened:
     def make(folder: Path) -> None:
         source = read()
@@ -193,7 +213,9 @@ def _open_records(
         digests = write_records(source, names, folder)
         order = list(source.label_order) if source.label_order is not None else None
         origins = {split: raw.origin for split, raw in source.splits.items()}
-        _write_notes(Notes(list(enumerate(names)), order, first_seen, digests, origins), folder)
+        # Threads find them in any order: by place again, line 9 before line 10.
+        skipped = sorted(bad.found, key=_by_place) if bad is not None else []
+        _write_notes(Notes(list(enumerate(names)), order, first_seen, digests, origins, skipped), folder)
 
     folder = _prepare_once(cache_root(config), title, key, make)
     records, fields = read_records(folder)
@@ -244,6 +266,11 @@ def _prepare_once(root: Path, title: str, key: str, make: Callable[[Path], None]
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _by_place(text: str) -> list[tuple[int, str]]:
+    """Sorts numbers within texts by their value."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _write_notes(notes: Notes, folder: Path) -> None:

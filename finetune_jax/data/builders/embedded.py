@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax.config import TaskName
+from finetune_jax.data.builders.bad import BadRecords
 from finetune_jax.data.builders.pictures import ROLES
 from finetune_jax.data.builders.records import RawSource, RawSplit
 from finetune_jax.data.builders.roles import source_of_tables
@@ -60,10 +61,12 @@ def read_support_desk(name: str, task: TaskName) -> RawSource:
     mapping = {"sequence_classification": {"label": "intent"}, "token_classification": {}}
     if task not in mapping:
         raise UserError(f"support_desk serves sequence_classification and token_classification, not {task}")
+    bad = BadRecords()  # what is shipped has none
     tables = {
-        split: _of_language(read_table(file, "jsonl"), name) for split, file in support_desk_files().items()
+        split: _of_language(read_table(file, "jsonl", bad), name)
+        for split, file in support_desk_files().items()
     }
-    return source_of_tables(tables, task, mapping[task])
+    return source_of_tables(tables, task, mapping[task], bad)
 
 
 def support_desk_files() -> dict[str, Path]:

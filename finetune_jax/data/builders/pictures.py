@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from finetune_jax.data.builders.bad import BadRecords
 from finetune_jax.data.builders.decode import check_image
 from finetune_jax.data.builders.records import Example, RawSource, RawSplit
 from finetune_jax.errors import UserError
@@ -41,7 +43,7 @@ def list_images(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def read_image_folders(folders: Mapping[str, Path], root: Path) -> RawSource:
+def read_image_folders(folders: Mapping[str, Path], root: Path, bad: BadRecords) -> RawSource:
     """Split -> folder of class folders; places are named relative to `root`."""
     splits = {}
     for split, folder in folders.items():
@@ -50,29 +52,32 @@ def read_image_folders(folders: Mapping[str, Path], root: Path) -> RawSource:
         splits[split] = RawSplit(
             origin=folder.name if folder == root else str(folder.relative_to(root)),
             count=len(files),
-            examples=_folder_examples(files, root),
+            examples=_folder_examples(files, root, bad),
             first_seen={name: str(paths[0].relative_to(root)) for name, paths in classes.items()},
         )
     return RawSource(splits, ROLES)
 
 
-def _folder_examples(files: list[tuple[str, Path]], root: Path) -> Callable[[], Iterator[Example]]:
+def _folder_examples(
+    files: list[tuple[str, Path]], root: Path, bad: BadRecords
+) -> Callable[[], Iterator[Example]]:
     def load(item: tuple[str, Path]) -> Example:
         label, file = item
         data = file.read_bytes()
         check_image(data, str(file.relative_to(root)))
         return {"image": data, "label": label}
 
-    return lambda: _in_threads(load, files)
+    return lambda: _in_threads(load, files, bad)
 
 
-def read_npz(files: Mapping[str, tuple[Path, str]]) -> RawSource:
+def read_npz(files: Mapping[str, tuple[Path, str]], bad: BadRecords) -> RawSource:
     """Images of npz files.
 
     Args:
         files: Split -> (file, name of the split within the file). Keys are `image` and `label`, or `jpeg`
             (concatenated files), `offset` (n + 1) and `label`; with several splits in a file, `<name>_image` and
             `<name>_label`, or one `image` and `label` and a `<name>_index` each. `label_names`: names of the ids.
+        bad: Decides on images that cannot be decoded.
 
     Raises:
         UserError: For missing or ill-formed arrays.
@@ -82,7 +87,7 @@ def read_npz(files: Mapping[str, tuple[Path, str]]) -> RawSource:
     for split, (file, part) in files.items():
         with _open_npz(file) as arrays:
             names = _label_names(arrays, file)
-            splits[split] = _npz_split(arrays, _split_keys(arrays, part), names, file)
+            splits[split] = _npz_split(arrays, _split_keys(arrays, part), names, file, bad)
         if len(splits) > 1 and names != order:
             raise UserError(f"{file.name}: label_names {names} differ from {order} of the split before")
         order = names
@@ -139,7 +144,9 @@ def _label_names(arrays: Any, file: Path) -> tuple[str, ...] | None:
     return names
 
 
-def _npz_split(arrays: Any, keys: dict[str, str], names: tuple[str, ...] | None, file: Path) -> RawSplit:
+def _npz_split(
+    arrays: Any, keys: dict[str, str], names: tuple[str, ...] | None, file: Path, bad: BadRecords
+) -> RawSplit:
     labels = _array(arrays, keys["label"], file)
     total = len(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -164,7 +171,7 @@ def _npz_split(arrays: Any, keys: dict[str, str], names: tuple[str, ...] | None,
         for _, i in zip(values, first, strict=True)
     }
     if "jpeg" in keys:
-        examples = _jpeg_examples(arrays, keys, file, index, label_of)
+        examples = _jpeg_examples(arrays, keys, file, index, label_of, bad)
     else:
         examples = _pixel_examples(arrays, keys, file, index, label_of)
     return RawSplit(file.name, len(index), examples, seen)
@@ -188,7 +195,12 @@ def _pixel_examples(
 
 
 def _jpeg_examples(
-    arrays: Any, keys: dict[str, str], file: Path, index: np.ndarray, label_of: Callable[[int], str]
+    arrays: Any,
+    keys: dict[str, str],
+    file: Path,
+    index: np.ndarray,
+    label_of: Callable[[int], str],
+    bad: BadRecords,
 ) -> Callable[[], Iterator[Example]]:
     data, offset = _array(arrays, keys["jpeg"], file), _array(arrays, keys["offset"], file)
     total = len(_array(arrays, keys["label"], file))
@@ -208,14 +220,18 @@ def _jpeg_examples(
         check_image(encoded, f"{file.name} image {int(i)}")
         return {"image": encoded, "label": label_of(int(i))}
 
-    return lambda: _in_threads(load, index)
+    return lambda: _in_threads(load, index, bad)
 
 
-def _in_threads(function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
-    """Ordered map in threads (Pillow decodes without the GIL), a bounded number ahead."""
+def _in_threads(function: Callable[[Any], T], items: Iterable[Any], bad: BadRecords) -> Iterator[T]:
+    """Ordered map in threads (Pillow decodes without the GIL), a bounded number ahead; bad records are left out."""
+
+    def attempt(group: list[Any]) -> list[T | None]:
+        return [bad.attempt(partial(function, item)) for item in group]
+
     remaining = iter(items)
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         while groups := [group for _ in range(2 * threads) if (group := list(islice(remaining, 32)))]:
-            for done in pool.map(lambda group: [function(item) for item in group], groups):
-                yield from done
+            for done in pool.map(attempt, groups):
+                yield from (example for example in done if example is not None)

@@ -18,6 +18,7 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 
 from finetune_jax.data.builders.decode import decode_image, encode_png
+from finetune_jax.errors import UserError
 
 ValueKind = Literal["text", "texts", "id", "ids", "score", "image"]
 Example = dict[str, Any]
@@ -98,6 +99,7 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # TFDS sorts by key, beyond 1 GB in 1,000 buckets of the 128-bit keys: spread keys keep a bucket small.
         stride = 2**127 // raw.count
         digest = hashlib.sha256()
+        written: Example = {}
         for i, example in enumerate(raw.examples()):
             written = dict(example)
             for role in self._source.roles:
@@ -110,6 +112,8 @@ class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             if isinstance(example.get("image"), np.ndarray):
                 written["image"] = encode_png(example["image"])
             yield i * stride, written
+        if not written:
+            raise UserError(f"{raw.origin}: none of its {raw.count} records can be used")
         self.digests[split] = digest.hexdigest()
 
     def _log_download_bytes(self) -> None:

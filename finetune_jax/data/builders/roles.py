@@ -4,9 +4,11 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from finetune_jax.config import TaskName
+from finetune_jax.data.builders.bad import BadRecords
 from finetune_jax.data.builders.records import Example, RawSource, RawSplit
 from finetune_jax.data.builders.tables import Table
 from finetune_jax.errors import UserError
@@ -60,35 +62,41 @@ def task_roles(task: TaskName) -> tuple[str, ...]:
     return ("tokens", "tags") if task == "token_classification" else ("image", "label")
 
 
-def source_of_tables(tables: Mapping[str, Table], task: TaskName, mapping: Mapping[str, str]) -> RawSource:
+def source_of_tables(
+    tables: Mapping[str, Table], task: TaskName, mapping: Mapping[str, str], bad: BadRecords
+) -> RawSource:
     """Checks every value of every row; the columns are those of the first table's first row."""
     first = next(iter(tables.values()))
     columns = find_columns(task, mapping, first.rows[0], first.file)
-    return RawSource({split: _split(table, columns) for split, table in tables.items()}, tuple(columns))
+    return RawSource({split: _split(table, columns, bad) for split, table in tables.items()}, tuple(columns))
 
 
-def _split(table: Table, columns: Mapping[str, str]) -> RawSplit:
+def _split(table: Table, columns: Mapping[str, str], bad: BadRecords) -> RawSplit:
     examples: list[Example] = []
     first_seen: dict[str, str] = {}
     for number, row in enumerate(table.rows):
         place = table.place(number)
-        example = {}
-        for role, column in columns.items():
-            if column not in row:
-                raise UserError(f"{place}: no column {column!r}; there are: {', '.join(map(str, row))}")
-            example[role] = _CHECKS[role](row[column], f"{place}: {column}")
-        if "tags" in example:
-            tokens, tags = example["tokens"], example["tags"]
-            if len(tokens) != len(tags):
-                raise UserError(
-                    f"{place}: {len(tokens)} tokens and {len(tags)} tags; there must be one tag a token"
-                )
-            for tag in tags:
-                first_seen.setdefault(tag, place)
-        if "label" in example:
-            first_seen.setdefault(example["label"], place)
+        example = bad.attempt(partial(_example, row, columns, place))
+        if example is None:
+            continue
+        for label in (*example.get("tags", ()), *([example["label"]] if "label" in example else [])):
+            first_seen.setdefault(label, place)
         examples.append(example)
+    if not examples:
+        raise UserError(f"{table.file}: none of its {len(table.rows)} records can be used: {bad.found[-1]}")
     return RawSplit(table.file, len(examples), lambda: iter(examples), first_seen)
+
+
+def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> Example:
+    example: Example = {}
+    for role, column in columns.items():
+        if column not in row:
+            raise UserError(f"{place}: no column {column!r}; there are: {', '.join(map(str, row))}")
+        example[role] = _CHECKS[role](row[column], f"{place}: {column}")
+    if "tags" in example and len(example["tokens"]) != len(example["tags"]):
+        counts = f"{len(example['tokens'])} tokens and {len(example['tags'])} tags"
+        raise UserError(f"{place}: {counts}; there must be one tag a token")
+    return example
 
 
 def _text(value: Any, where: str) -> str:
