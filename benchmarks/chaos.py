@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -66,14 +67,15 @@ from finetune_jax import checkpoint, evaluate, seal, train as loop
 from finetune_jax.config import load_saved
 from finetune_jax.errors import UserError
 job, run, phase, nth, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+mark = Path(sys.argv[6])
 count = 0
 def reached(name):
     global count
     if name == phase:
         count += 1
         if count == nth:
-            (job / "reached").write_text(name)
-            while (job / "reached").read_text() == name:  # to be killed here, or told to go on
+            mark.write_text(name)
+            while mark.read_text() == name:  # to be killed here, or told to go on
                 time.sleep(0.01)
 def before(owner, attribute, name):
     original = getattr(owner, attribute)
@@ -156,15 +158,14 @@ class Child:
     """A training process."""
 
     def __init__(self, job: Path, run: Path, phase: str = "-", nth: int = 0, limit: int = 0) -> None:
-        self._job = job
-        (job / "reached").unlink(missing_ok=True)
-        words = [sys.executable, "-c", CHILD, str(job), str(run), phase, str(nth), str(limit)]
+        self.mark = Path(tempfile.mkdtemp(dir=job)) / "phase"
+        words = [sys.executable, "-c", CHILD, str(job), str(run), phase, str(nth), str(limit), str(self.mark)]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
 
     def wait_for_phase(self) -> bool:
         """Until it is there; False if it ended before."""
-        while not (self._job / "reached").exists():
+        while not self.mark.exists():
             if self.process.poll() is not None:
                 return False
             time.sleep(0.02)
@@ -233,7 +234,7 @@ def hurt(job: Path, run: Path, fault: str, draw: random.Random) -> str:
             child.process.kill()
         else:
             child.process.send_signal(signal.SIGTERM)
-            (job / "reached").write_text("go on")
+            child.mark.write_text("go on")
     said += child.end()[1]
     if fault in DAMAGES:
         damage(run, fault, draw)
