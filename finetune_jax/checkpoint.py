@@ -113,16 +113,7 @@ class Checkpoints:
         """
         last = ""
         for step in reversed(self.steps()):
-            faults = self.faults(step)
-            if not faults:
-                try:
-                    items = self._read(step, {"weights": state.weights, "training": training_of(state)})
-                # Orbax and TensorStore raise many kinds of errors for bytes they cannot read.
-                except Exception as error:
-                    faults = [f"it cannot be restored ({type(error).__name__}: {one_line(error)})"]
-                else:
-                    manifest, _ = seal.read_seal(self.folder / str(step))
-                    faults = seal.leaf_faults(manifest, host_leaves({name: items[name] for name in ITEMS}))
+            items, faults = self._verified(step, {"weights": state.weights, "training": training_of(state)})
             if not faults:
                 weights: Flat = items["weights"]
                 restored = TrainState(
@@ -147,13 +138,9 @@ class Checkpoints:
         Raises:
             UserError: They are not what was saved.
         """
-        faults = self.faults(step)
+        items, faults = self._verified(step, {"weights": abstract})
         if not faults:
-            weights: Flat = self._read(step, {"weights": abstract})["weights"]
-            manifest, _ = seal.read_seal(self.folder / str(step))
-            faults = seal.leaf_faults(manifest, host_leaves({"weights": weights}))
-            if not faults:
-                return weights
+            return items["weights"]
         others = [other for other in self.steps() if other != step]
         raise UserError(
             f"{self.folder / str(step)} is damaged: {'; '.join(faults[:4])}; other steps are {others or 'none'}"
@@ -178,6 +165,19 @@ class Checkpoints:
                 f"there is no checkpoint of step {step}; steps are {steps}, or say best or latest"
             )
         return int(step)
+
+    def _verified(self, step: int, layout: Mapping[str, Any]) -> tuple[Any, list[str]]:
+        """Items of a step as `_read` gives them, and what is wrong with them: files before, leaves after they are read."""
+        faults = self.faults(step)
+        if faults:
+            return None, faults
+        try:
+            items = self._read(step, layout)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for bytes they cannot read
+            return None, [f"it cannot be restored ({type(error).__name__}: {one_line(error)})"]
+        return items, seal.leaf_faults(
+            {"leaves": self.leaves(step)}, host_leaves({n: items[n] for n in layout})
+        )
 
     def _read(self, step: int, layout: Mapping[str, Any]) -> Any:
         """Items of a step, arrays laid out as `layout` has them; `meta` always."""

@@ -74,8 +74,7 @@ def train(
     check_same_config(config, run, allow_change)
     setup = prepare(config, devices)
     with open_run_folder(config, run, setup.job, setup.source, setup.batches.shape):
-        keep = config.checkpoint
-        saver = CheckpointWriter(run, keep.keep, keep.keep_every_steps)
+        saver = CheckpointWriter(run, config.checkpoint.keep, config.checkpoint.keep_every_steps)
         with contextlib.closing(saver):
             return fit(setup, run, saver, stop_at)
 
@@ -146,7 +145,13 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
 def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -> dict[str, Any]:
     """Restore, compile, loop, result."""
     config, job, batches, total_steps = setup.config, setup.job, setup.batches, setup.total_steps
-    state, progress = saver.checkpoints.restore(setup.state) or (setup.state, Progress())
+    restored = saver.checkpoints.restore(setup.state)
+    if (
+        restored is not None
+    ):  # `setup` lives as long as the run: its state must not take memory beside the restored one
+        for leaf in jax.tree.leaves(setup.state):
+            leaf.delete()
+    state, progress = restored or (setup.state, Progress())
     step = int(state.step)
     patience = config.train.early_stopping or sys.maxsize
     if (step == total_steps or progress.stale >= patience) and (run / RESULT_FILE).is_file():

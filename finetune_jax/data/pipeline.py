@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +70,11 @@ class ImageExamples:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Class ids of the split; read once, for every record is parsed with its image."""
+        return np.asarray(self.records.columns(["label"])["label"], np.int64)
 
     @property
     def outputs(self) -> int:

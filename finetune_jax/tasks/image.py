@@ -47,7 +47,7 @@ class ImageClassification(ClassTask):
 
     def classes(self, logits: np.ndarray, examples: ImageExamples) -> tuple[np.ndarray, np.ndarray]:
         """Of the images."""
-        return np.asarray(examples.records.columns(["label"])["label"], np.int64), logits.argmax(-1)
+        return examples.labels, logits.argmax(-1)
 
     def metrics(self, logits: np.ndarray, examples: ImageExamples) -> tuple[dict[str, Any], str]:
         """Accuracy (top-1), top-5, precision, recall, F1, Matthews, confusion matrix."""

@@ -72,9 +72,13 @@ class TokenClassification(ClassTask, TextTask):
 
     def classes(self, logits: np.ndarray, examples: TextFeatures) -> tuple[np.ndarray, np.ndarray]:
         """Of the words."""
-        tags = (np.asarray(examples.labels), logits.argmax(-1))
-        true, predicted = (np.concatenate(self._by_example(ids, examples)) for ids in tags)
+        true, predicted = map(np.concatenate, self._tags(logits, examples))
         return true, predicted
+
+    def _tags(self, logits: np.ndarray, examples: TextFeatures) -> list[list[np.ndarray]]:
+        """True and predicted tag ids, each by example."""
+        tags = (np.asarray(examples.labels), logits.argmax(-1))
+        return [self._by_example(ids, examples) for ids in tags]
 
     def _by_example(self, flat: np.ndarray, examples: TextFeatures) -> list[np.ndarray]:
         """Rows of the first pieces, gathered by word, split by example."""
@@ -85,12 +89,10 @@ class TokenClassification(ClassTask, TextTask):
 
     def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
         """Entity precision, recall, F1 (strict), and scikit-learn's report over words."""
-        by_example = [
-            self._by_example(ids, examples) for ids in (np.asarray(examples.labels), logits.argmax(-1))
-        ]
+        by_example = self._tags(logits, examples)
         true, predicted = ([[self.labels[i] for i in row] for row in rows] for rows in by_example)
         figures = metrics.entity_scores(true, predicted)
-        words = metrics.report(*self.classes(logits, examples), self.labels)
+        words = metrics.report(np.concatenate(by_example[0]), np.concatenate(by_example[1]), self.labels)
         return figures, f"entities (strict)\n{metrics.entity_report(figures)}\nwords\n{words}"
 
     def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
