@@ -16,6 +16,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
 from tests import tiny
+from tests.tiny import rows
 
 replace = dataclasses.replace
 
@@ -31,11 +32,6 @@ def config_of(kind, tmp_path, **train):
     if kind == "token":
         return tiny.text_config(tiny.write_conll(tmp_path / "conll"), "token_classification", **train)
     return tiny.text_config(tiny.write_texts(tmp_path / "texts"), **train)
-
-
-def rows(run, kind="train"):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def saved(run):

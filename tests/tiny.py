@@ -65,6 +65,12 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
 def sentences(count: int, seed: int) -> list[list[str]]:
     rng = np.random.default_rng(seed)
     return [rng.choice(WORDS[:-2], rng.integers(2, 12)).tolist() for _ in range(count)]

@@ -54,7 +54,7 @@ def load_tokenizer(source: Path) -> TextTokenizer:
     folder = source if source.is_dir() else source.parent
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
     settings: dict[str, Any] = {}
-    for file in files:
+    for file in files if source.is_dir() else (*files, source):
         bounded(file, MAX_TOKENIZER_BYTES)
     if (folder / CONFIG_FILE).is_file():
         settings = read_json(folder / CONFIG_FILE)
@@ -68,7 +68,6 @@ def load_tokenizer(source: Path) -> TextTokenizer:
         if source.is_dir() and (folder / "tokenizer.json").is_file():
             backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         elif vocab.is_file():
-            bounded(vocab, MAX_TOKENIZER_BYTES)
             backend = BertWordPieceTokenizer(str(vocab), lowercase=lower)._tokenizer
             files = tuple(file for file in files if file.name != "tokenizer.json")
         else:

@@ -33,8 +33,7 @@ def image_config(tmp_path, **train):
 
 
 def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+    return [row["loss"] for row in tiny.rows(run)]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """NaN and infinity in a loss or a gradient: the update is skipped, counted, and in the end the run stops."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
 from tests import tiny
+from tests.tiny import rows
 
 replace = dataclasses.replace
 TASKS = {"text": SequenceClassification, "image": ImageClassification}
@@ -51,11 +51,6 @@ def poison(monkeypatch, task, when, how):
 def newest(run):
     checkpoints = Checkpoints(run)
     return {path: leaf["xxh3_128"] for path, leaf in checkpoints.leaves(checkpoints.choose("latest")).items()}
-
-
-def rows(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]
 
 
 @pytest.mark.parametrize(
