@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from finetune_jax.config import Config, field_paths, load_recipe, load_saved, nearest
+from finetune_jax.config import Config, Distributed, field_paths, load_recipe, load_saved, nearest
 from finetune_jax.errors import UserError
 
 Overrides = Annotated[Config, tyro.conf.arg(name="")]
@@ -29,16 +29,22 @@ class Train:
     """A recipe, such as configs/sst2_local.py; a run folder that is begun needs none."""
     allow_change: tuple[str, ...] = ()
     """Config fields in which a run that goes on may differ from how it began, such as train.epochs."""
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
     overrides: Overrides = dataclasses.field(default_factory=Config)
 
     def __call__(self) -> int:
+        from finetune_jax import runtime
         from finetune_jax.train import Stopped, train
 
+        runtime.join(self.distributed)
         try:
             train(self.overrides, self.workdir, allow_change=self.allow_change)
         except Stopped as stopped:
             print(f"finetune-jax: {stopped}", file=sys.stderr)
             return stopped.code
+        except Exception as error:
+            runtime.leave(error)
+            raise
         print(Path(self.workdir) / "result.json")
         return 0
 
@@ -205,8 +211,8 @@ def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Checkpoint |
             f"there is no command {name}; commands are {', '.join(COMMANDS)}{nearest(name, list(COMMANDS))}"
         )
     command = COMMANDS[name]
-    own = [field.name.replace("_", "-") for field in dataclasses.fields(command)]
-    if "overrides" in own:
+    own = [path for path in field_paths(command) if not path.startswith("overrides.")]
+    if any(field.name == "overrides" for field in dataclasses.fields(command)):
         own = [*own, *field_paths()]
         recipe = _recipe(words)
         defaults = {"overrides": recipe}
@@ -273,13 +279,12 @@ def tyro_cli(command, words: list[str], program: str, defaults: dict[str, Config
     """
     default = None
     if defaults:
-        missing = {
-            f.name: f.default for f in dataclasses.fields(command) if f.default is not dataclasses.MISSING
-        }
         required = [
-            f.name for f in dataclasses.fields(command) if f.name not in missing and f.name != "overrides"
+            f.name
+            for f in dataclasses.fields(command)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         ]
-        default = command(**missing, **dict.fromkeys(required, tyro.MISSING), **defaults)
+        default = command(**dict.fromkeys(required, tyro.MISSING), **defaults)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

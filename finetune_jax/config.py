@@ -258,6 +258,18 @@ class Config:
 ADAPTER = pydantic.TypeAdapter(Config)
 
 
+@dataclass(frozen=True)
+class Distributed:
+    """How the processes of one job find each other. Under Slurm, Open MPI, a Kubernetes job and on Cloud TPU they do so by themselves."""
+
+    coordinator: str | None = None
+    """host:port of process 0, which all others can reach."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which one this is, from 0."""
+
+
 def field_paths(cls: type = Config, prefix: str = "") -> list[str]:
     """Dotted paths of all fields, as on the command line: `optim.learning-rate`."""
     paths = []

@@ -53,7 +53,7 @@ class Forward:
         """
         shape = evaluation_shape(examples, batch_size, max_length, packing)
         self._job, self._examples, self._threads = job, examples, threads
-        self._batches = Batches(examples, shape, None, packing, parts=batch_parts(job.mesh))
+        self._batches = Batches(examples, shape, None, packing, parts=batch_parts(job.mesh), mesh=job.mesh)
         self._compiled: Any = None
 
     def compile(self, weights: Flat) -> None:

@@ -4,6 +4,7 @@ Axes are always ("data", "fsdp", "tensor"). Batches are split over data and fsdp
 one rule table per model family (`SHARDING` in models/*.py); optimizer state lies where its parameter lies.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -56,6 +57,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def rows_here(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """First and end of the rows of a batch that this process's devices hold; all of them where it spans no other.
+
+    Raises:
+        UserError: They do not lie side by side.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    spans = sorted({(part[0].start or 0, rows if part[0].stop is None else part[0].stop) for part in held if part})
+    if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise UserError(
+            f"mesh {dict(mesh.shape)} gives process {jax.process_index()} rows of a batch that do not lie side by side;"
+            " let mesh.tensor divide the devices of one process"
+        )
+    return spans[0][0], spans[-1][1]
 
 
 def shard_params(rules: Rules, abstract: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:

@@ -5,10 +5,14 @@ machine is gone in 30 seconds. So a thread of its own reads the signals, from a 
 them at once. What it does depends on what is at stake: nothing yet (importing, compiling, exporting), and the process
 ends; updates that are not saved, and the loop is asked to save within a grace period. A second signal ends at once.
 
+JAX's distributed runtime listens for SIGTERM too, with a handler in C that replaces whatever was there. It is replaced
+in turn, and called when the loop is asked to stop: that is how the other processes of a job hear of it.
+
 Imports nothing heavy: it is there before everything else.
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -34,20 +38,35 @@ class Watch:
         self._grace: float | None = None
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
+        self._foreign: int | None = None
+        """Address of a library's own handler of SIGTERM."""
 
     def start(self) -> None:
         """Take the signals over. Only in the main thread."""
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._handlers = {number: signal.signal(number, _leave_it_to_the_thread) for number in SIGNALS}
+        self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self.take_back()
         self._fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         threading.Thread(target=self._run, name="signals", daemon=True).start()
+
+    def take_back(self) -> None:
+        """Our handlers are in place, and a library's that was there is known. Only in the main thread."""
+        there = _c_handler(signal.SIGTERM)
+        for number in SIGNALS:
+            signal.signal(number, _leave_it_to_the_thread)
+        pythons = _c_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, _leave_it_to_the_thread)
+        if there not in (None, _IGNORED, pythons):
+            self._foreign = there
 
     def stop(self) -> None:
         """Give them back."""
         signal.set_wakeup_fd(self._fd)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._foreign is not None:
+            _libc().signal(signal.SIGTERM, self._foreign)
         os.close(self._write)  # the thread reads to the end, and ends
 
     @contextlib.contextmanager
@@ -80,6 +99,8 @@ class Watch:
                 self._timer = threading.Timer(grace, self._end, (number, late))
                 self._timer.daemon = True
                 self._timer.start()
+            if self._foreign is not None:
+                _HANDLER(self._foreign)(signal.SIGTERM)
             _tell(f"{name}: saving, then stopping")
         os.close(self._read)
 
@@ -88,6 +109,21 @@ class Watch:
         for folder in self.scratch:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(128 + number)
+
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_IGNORED = 1  # SIG_IGN; SIG_DFL is 0, which ctypes gives as None
+
+
+def _libc() -> Any:
+    library = ctypes.CDLL(None)
+    library.signal.restype, library.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    return library
+
+
+def _c_handler(number: int) -> int | None:
+    """Address of the handler that C has, which is taken away by asking: Python knows only those it set itself."""
+    return _libc().signal(number, None)
 
 
 _watch: Watch | None = None
@@ -99,6 +135,12 @@ def install() -> None:
     if _watch is None:
         _watch = Watch()
         _watch.start()
+
+
+def take_back() -> None:
+    """After a library has put its handlers in place of ours."""
+    if _watch is not None:
+        _watch.take_back()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from finetune_jax import metrics, signals
+from finetune_jax import metrics, runtime, signals
 from finetune_jax.checkpoint import CheckpointWriter, Progress
 from finetune_jax.config import Config, validate
 from finetune_jax.data.pipeline import Batches, device_batches, padding_share, train_shape
@@ -119,7 +119,7 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     parts = batch_parts(job.mesh) * config.train.accumulation
     packing, max_length = config.data.packing, config.data.max_length
     shape = train_shape(examples["train"], config.train.batch_size, max_length, packing, parts)
-    batches = Batches(examples["train"], shape, config.seed, packing, parts=parts)
+    batches = Batches(examples["train"], shape, config.seed, packing, parts=parts, mesh=job.mesh)
     total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
     batches.steps = total_steps
 
@@ -192,7 +192,8 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
     pending: tuple[int, Any] | None = None
     signals.phase("training")
     with contextlib.closing(writer):
-        with signals.at_stake(config.checkpoint.grace_seconds) as stop:
+        with signals.at_stake(config.checkpoint.grace_seconds) as watch:
+            stop = runtime.Stop(watch)
             if progress.unevaluated:
                 validation.measure(state, step, stop)
             ahead = device_batches(batches, job.mesh, progress.next_batch, data.threads)
@@ -216,7 +217,7 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
                         write_train_row(setup, writer, meter, *pending)
                         pending = None
                     validation.measure(state, step, stop)
-                stopping = stop.requested is not None or step == stop_at
+                stopping = stop() or step == stop_at
                 every = config.checkpoint.every_steps
                 periodic = every is not None and step % every == 0
                 if evaluating or periodic or stopping:
@@ -227,8 +228,8 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
                 write_train_row(setup, writer, meter, *pending)
             signals.phase("saving")
             saver.finish()
-            if stop.requested is not None or (step == stop_at and step < total_steps):
-                raise Stopped(step, 128 + (stop.requested or signal.SIGTERM))
+            if stop() or (step == stop_at and step < total_steps):
+                raise Stopped(step, 128 + (watch.requested or signal.SIGTERM))
         signals.phase("evaluating the result")
         return finish(setup, run, saver, forwards, state, progress, validation, writer, meter)
 
@@ -294,7 +295,7 @@ class Validation:
         self.last: Evaluation | None = None
         self.measured_at = -1
 
-    def measure(self, state: TrainState, step: int, stop: signals.Watch) -> None:
+    def measure(self, state: TrainState, step: int, stop: runtime.Stop) -> None:
         """Evaluate at this step. A signal breaks it off, and leaves a note that it is to be repeated."""
         if self._forward is None:
             return
@@ -306,7 +307,7 @@ class Validation:
                 setup.job,
                 setup.examples["validation"],
                 state.weights,
-                lambda: stop.requested is not None,
+                stop,
             )
         except Interrupted:
             return

@@ -21,7 +21,7 @@ from finetune_jax.data.builders.decode import read_image
 from finetune_jax.data.image import ImageProcessor, augment, to_channels
 from finetune_jax.data.packing import Epochs, Placement, RowShape, packed_shape
 from finetune_jax.errors import UserError
-from finetune_jax.sharding import place_rows
+from finetune_jax.sharding import place_rows, rows_here
 
 AHEAD = 2  # batches placed on the device before the loop asks for them
 
@@ -123,12 +123,13 @@ class Batches:
     """How many there are; 0 stands for one epoch."""
     parts: int = 1
     """What the rows on the devices must divide by."""
+    mesh: Mesh | None = None
+    """Says which rows this process makes; None: all."""
 
     def __post_init__(self) -> None:
         self.epochs = Epochs(len(self.examples), self.shape, self.seed, self.examples.lengths, self.packing)
         self.steps = self.steps or self.epochs.end(0)
-        share = self.rows // jax.process_count()
-        self._rows = (jax.process_index() * share, (jax.process_index() + 1) * share)
+        self._rows = (0, self.rows) if self.mesh is None else rows_here(self.mesh, self.rows)
 
     def __len__(self) -> int:
         return self.steps

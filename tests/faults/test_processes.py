@@ -1,0 +1,161 @@
+"""Two processes of one job on loopback: they stop at one step, miss each other, and what they saved is anyone's."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from finetune_jax import train as loop
+from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig, load_saved, to_dict
+from tests import tiny
+
+STEPS = 40
+# A recipe is a Python file: this one also makes every step slow, so that there is a middle to strike at.
+RECIPE = """
+import time
+from pathlib import Path
+from finetune_jax import config, writers
+advance = writers.Writer.advance
+def slowly(self, step, **shown):
+    time.sleep({seconds})
+    advance(self, step, **shown)
+writers.Writer.advance = slowly
+def get_config():
+    return config.load_saved(Path({file!r}))
+"""
+
+
+def write_recipe(folder: Path) -> Path:
+    config = tiny.text_config(tiny.write_texts(folder / "texts"), steps=STEPS)
+    config = dataclasses.replace(
+        config,
+        mesh=MeshConfig(2, 2, 1),
+        evaluation=EvaluationConfig(every_steps=10, batch_size=8),
+        checkpoint=CheckpointConfig(every_steps=4),
+        optim=dataclasses.replace(config.optim, learning_rate=1e-3),
+    )
+    file = folder / "config.json"
+    file.write_text(json.dumps(to_dict(config)), encoding="utf-8")
+    recipe = folder / "recipe.py"
+    recipe.write_text(RECIPE.format(seconds=0.15, file=str(file)), encoding="utf-8")
+    return recipe
+
+
+class Pair:
+    """Two processes with two CPU devices each."""
+
+    def __init__(self, recipe: Path, run: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/finetune_jax_tests_{os.getuid()}",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
+        words = [sys.executable, "-m", "finetune_jax", "train", "--config", str(recipe), "--workdir", str(run)]
+        words += ["--distributed.coordinator", address, "--distributed.processes", "2"]
+        self.run, self.logs = run, [run.with_name(f"{run.name}-{address[-5:]}-{i}.log") for i in (0, 1)]
+        self.processes = []
+        for index, log in enumerate(self.logs):
+            with log.open("w") as file:
+                command = [*words, "--distributed.process", str(index)]
+                self.processes.append(
+                    subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+                )
+
+    def wait_for_step(self, step: int) -> None:
+        file = self.run / "metrics.jsonl"
+        limit = time.monotonic() + 240
+        while not (file.exists() and f'"train", "step": {step},' in file.read_text()):
+            assert time.monotonic() < limit
+            assert [process.poll() for process in self.processes] == [None, None], self.said()
+            time.sleep(0.05)
+
+    def end(self, seconds: float) -> list[int]:
+        limit = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, limit - time.monotonic())) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def said(self) -> list[str]:
+        return [log.read_text() for log in self.logs]
+
+
+def rows(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in tiny.rows(run)]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The recipe, and the losses of one process that goes through."""
+    folder = tmp_path_factory.mktemp("processes")
+    recipe = write_recipe(folder)
+    loop.train(load_saved(folder / "config.json"), folder / "whole", devices=jax.devices()[:4])
+    return folder, recipe, rows(folder / "whole")
+
+
+def test_a_signal_to_one_stops_both_at_one_step_and_one_alone_goes_on(job):
+    folder, recipe, whole = job
+    pair = Pair(recipe, folder / "signalled")
+    pair.wait_for_step(6)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    assert pair.end(60) == [143, 143], pair.said()
+    checkpoints = Checkpoints(pair.run)
+    step = checkpoints.choose("latest")
+    assert 6 <= step < STEPS
+    assert all(f"stopped at step {step}; the same command resumes" in said for said in pair.said())
+    assert "SIGTERM: saving" not in pair.said()[0], "the first heard of it from the runtime, not by a signal"
+    assert checkpoints.faults(step, deep=True) == [], "one process reads, and digests, what two have written"
+    shutil.copytree(pair.run, folder / "alone")
+    loop.train(load_saved(folder / "config.json"), folder / "alone", devices=jax.devices()[:4])
+    went_on = rows(folder / "alone")
+    assert [step for step, _ in went_on] == list(range(1, STEPS + 1))
+    assert [loss for _, loss in went_on] == pytest.approx([loss for _, loss in whole], abs=1e-6)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_one_killed_ends_the_other_and_a_restart_goes_on(job, victim):
+    folder, recipe, whole = job
+    pair = Pair(recipe, folder / f"killed-{victim}")
+    pair.wait_for_step(6)
+    pair.processes[victim].kill()
+    codes = pair.end(60)
+    assert codes[victim] == -9
+    assert codes[1 - victim] not in (0, -9)
+    said = pair.said()[1 - victim]
+    assert "one of them has ended" in said or "another task died" in said, said
+    checkpoints = Checkpoints(pair.run)
+    assert checkpoints.steps(), "what was complete before is there"
+    assert all(checkpoints.faults(step, deep=True) == [] for step in checkpoints.steps())
+    if victim:
+        again = Pair(recipe, pair.run)
+        assert again.end(240) == [0, 0], again.said()
+    else:
+        loop.train(load_saved(folder / "config.json"), pair.run, devices=jax.devices()[:4])
+    assert [loss for _, loss in rows(pair.run)] == pytest.approx([loss for _, loss in whole], abs=1e-6)
+
+
+def test_a_part_of_the_options_is_refused(tmp_path, capsys):
+    from finetune_jax.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--workdir", str(tmp_path / "run"), "--distributed.processes", "2"])
+    assert stop.value.code == 2
+    assert "go together; give all three" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
