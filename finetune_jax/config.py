@@ -133,6 +133,8 @@ class DataConfig:
     """Pixels."""
     threads: int = 4
     """Threads that read, decode and augment ahead of the device."""
+    stall_seconds: float = 600.0
+    """A batch that is not read in so long ends the run, its state saved."""
     cache_dir: str | None = None
     """Where prepared data and token caches live; None: $FINETUNE_JAX_CACHE, else ~/.cache/finetune_jax."""
 
@@ -370,6 +372,7 @@ def validate(config: Config) -> Config:
         if value is not None and value < low:
             raise UserError(f"{path} is {value}, must be at least {low}")
     for path, value, low, high in (
+        ("data.stall-seconds", config.data.stall_seconds, 0.001, 1e6),
         ("task.label-smoothing", config.task.label_smoothing, 0.0, 0.999),
         ("optim.warmup-ratio", config.optim.warmup_ratio, 0.0, 1.0),
         ("optim.momentum", config.optim.momentum, 0.0, 0.9999),

@@ -1,6 +1,7 @@
 """Exact evaluation: every example once, whatever the batch size, the number of devices or the last batch's length."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,14 @@ class Forward:
     """The compiled forward step of one split, to be run again as the weights change."""
 
     def __init__(
-        self, job: Job, examples: Examples, batch_size: int, max_length: int, packing: bool, threads: int = 4
+        self,
+        job: Job,
+        examples: Examples,
+        batch_size: int,
+        max_length: int,
+        packing: bool,
+        threads: int = 4,
+        patience: float = math.inf,
     ):
         """
         Args:
@@ -50,9 +58,10 @@ class Forward:
             max_length: Longest row, pieces.
             packing: Several examples a row.
             threads: That read ahead.
+            patience: Seconds to wait for a batch.
         """
         shape = evaluation_shape(examples, batch_size, max_length, packing)
-        self._job, self._examples, self._threads = job, examples, threads
+        self._job, self._examples, self._threads, self._patience = job, examples, threads, patience
         self._batches = Batches(examples, shape, None, packing, parts=batch_parts(job.mesh), mesh=job.mesh)
         self._compiled: Any = None
 
@@ -75,7 +84,7 @@ class Forward:
         collected = np.zeros((self._examples.outputs, self._job.task.num_labels), np.float32)
         sums: metrics.Sums = {}
         pending: list[tuple[int, Any]] = []
-        batches = device_batches(self._batches, self._job.mesh, 0, self._threads)
+        batches = device_batches(self._batches, self._job.mesh, 0, self._threads, self._patience)
         for step, batch in enumerate(batches):
             if stop():
                 raise Interrupted

@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import optax
 from finetune_jax import metrics, runtime, signals
 from finetune_jax.checkpoint import CheckpointWriter, Progress
 from finetune_jax.config import Config, validate
-from finetune_jax.data.pipeline import Batches, device_batches, padding_share, train_shape
+from finetune_jax.data.pipeline import Batches, Unreadable, device_batches, padding_share, train_shape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
@@ -172,7 +172,9 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
     )
     size, data = config.evaluation.batch_size, config.data
     forwards = {
-        split: Forward(job, examples, size, data.max_length, data.packing, data.threads)
+        split: Forward(
+            job, examples, size, data.max_length, data.packing, data.threads, data.stall_seconds
+        )
         for split, examples in setup.examples.items()
         if split != "train"
     }
@@ -186,7 +188,8 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
     # ----------------------------------------------------------------------------------------------------------------
     writer = Writer(run, config.train.tensorboard, step, total_steps)
     meter = Meter(batches, step)
-    validation = Validation(setup, forwards.get("validation"), writer, progress)
+    unreadable: list[Unreadable] = []
+    validation = Validation(setup, forwards.get("validation"), writer, progress, unreadable)
     if step == 0:
         writer.write("data", 0, {"skipped_records": len(setup.source.skipped)})
     pending: tuple[int, Any] | None = None
@@ -196,8 +199,10 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
             stop = runtime.Stop(watch)
             if progress.unevaluated:
                 validation.measure(state, step, stop)
-            ahead = device_batches(batches, job.mesh, progress.next_batch, data.threads)
-            for batch in () if progress.unevaluated else ahead:
+            ahead = device_batches(
+                batches, job.mesh, progress.next_batch, data.threads, data.stall_seconds
+            )
+            for batch in () if progress.unevaluated else until_unreadable(ahead, unreadable):
                 if progress.stale >= patience:
                     writer.say(
                         f"no better {setup.metric} in {patience} evaluations: training ends at step {step}"
@@ -217,7 +222,7 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
                         write_train_row(setup, writer, meter, *pending)
                         pending = None
                     validation.measure(state, step, stop)
-                stopping = stop() or step == stop_at
+                stopping = stop() or step == stop_at or bool(unreadable)
                 every = config.checkpoint.every_steps
                 periodic = every is not None and step % every == 0
                 if evaluating or periodic or stopping:
@@ -227,11 +232,23 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
             if pending is not None:
                 write_train_row(setup, writer, meter, *pending)
             signals.phase("saving")
+            if unreadable and step and jax.process_count() == 1:  # of several, the others know nothing of it
+                saver.save(state, progress)
             saver.finish()
+            if unreadable:
+                raise UserError(f"{unreadable[0]}; the same command goes on from step {step}")
             if stop() or (step == stop_at and step < total_steps):
                 raise Stopped(step, 128 + (watch.requested or signal.SIGTERM))
         signals.phase("evaluating the result")
         return finish(setup, run, saver, forwards, state, progress, validation, writer, meter)
+
+
+def until_unreadable(batches: Iterator[Any], reason: list[Unreadable]) -> Iterator[Any]:
+    """The batches up to one that cannot be read; why is added to `reason`, so that what is done can be saved first."""
+    try:
+        yield from batches
+    except Unreadable as error:
+        reason.append(error)
 
 
 def finish(
@@ -283,20 +300,29 @@ def finish(
 class Validation:
     """Evaluations on the validation split while training, and what they decide."""
 
-    def __init__(self, setup: Setup, forward: Forward | None, writer: Writer, progress: Progress) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        forward: Forward | None,
+        writer: Writer,
+        progress: Progress,
+        unreadable: list[Unreadable],
+    ) -> None:
         """
         Args:
             setup: The run.
             forward: Of the validation split; None where there is none.
             writer: Takes the rows.
             progress: Takes the best step and value.
+            unreadable: Takes the reason why the split cannot be read.
         """
         self._setup, self._forward, self._writer, self._progress = setup, forward, writer, progress
+        self._unreadable = unreadable
         self.last: Evaluation | None = None
         self.measured_at = -1
 
     def measure(self, state: TrainState, step: int, stop: runtime.Stop) -> None:
-        """Evaluate at this step. A signal breaks it off, and leaves a note that it is to be repeated."""
+        """Evaluate at this step. A signal, or data that cannot be read, breaks it off, and leaves a note to repeat it."""
         if self._forward is None:
             return
         setup, progress = self._setup, self._progress
@@ -311,6 +337,8 @@ class Validation:
             )
         except Interrupted:
             return
+        except Unreadable as error:
+            return self._unreadable.append(error)
         progress.unevaluated = False
         self.last, self.measured_at = found, step
         value = float(found.metrics[setup.metric])

@@ -61,8 +61,8 @@ def test_stopped_and_resumed_is_bit_identical(kind, tmp_path, one_device, monkey
     seen: list[tuple[int, list[int]]] = []
     original = loop.device_batches
 
-    def spy(batches: Batches, mesh, start, threads):
-        for step, batch in enumerate(original(batches, mesh, start, threads), start):
+    def spy(batches: Batches, mesh, start, *rest):
+        for step, batch in enumerate(original(batches, mesh, start, *rest), start):
             seen.append((step, batches.example_ids(step).tolist()))
             yield batch
 

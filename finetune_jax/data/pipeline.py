@@ -4,7 +4,10 @@ The batch of step n is a pure function of (seed, n): resuming is asking for the 
 made, hosts only which of its rows they make.
 """
 
+import contextlib
 import math
+import queue
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -199,18 +202,89 @@ def _padded(lengths: np.ndarray, max_length: int) -> int:
     return min(-(-int(lengths.max()) // 8) * 8, max(max_length, int(lengths.max())))
 
 
-def device_batches(batches: Batches, mesh: Mesh, start: int, threads: int) -> Iterator[dict[str, jax.Array]]:
-    """Batches of steps start, start + 1, ... on the mesh, read by threads and placed AHEAD of their use."""
+class Unreadable(UserError):
+    """A batch could not be read: a record that does not parse, or a disk that does not answer."""
+
+
+def device_batches(
+    batches: Batches, mesh: Mesh, start: int, threads: int, patience: float = math.inf
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches of steps start, start + 1, ... on the mesh, read by threads and placed AHEAD of their use.
+
+    Args:
+        batches: What to read.
+        mesh: Where to place it.
+        start: Step of the first one.
+        threads: That read ahead.
+        patience: Seconds to wait for one.
+
+    Raises:
+        Unreadable: One could not be read, or not within `patience`.
+    """
     if start >= len(batches):
         return
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     source: Any = batches  # random access is all that Grain asks of a source
     iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
     iterator.set_state({"next_index": start})
-    queue: deque[dict[str, jax.Array]] = deque()
-    for batch in iterator:
-        queue.append(place_rows(batch, mesh))
-        if len(queue) > AHEAD:
-            yield queue.popleft()
-    while queue:
-        yield queue.popleft()
+    placed: deque[dict[str, jax.Array]] = deque()
+    with contextlib.closing(Patient(iterator)) as reader:
+        for step in range(start, len(batches)):
+            try:
+                batch = reader.next(patience)
+            except TimeoutError:
+                ids = batches.example_ids(step)
+                shown = ", ".join(map(str, ids[:4])) + (", ..." if len(ids) > 4 else "")
+                raise Unreadable(
+                    f"the batch of step {step + 1} (examples {shown}) was not read within {patience:g} s"
+                    " (data.stall-seconds); look at the disk or the network under the data"
+                ) from None
+            except (UserError, OSError) as error:
+                raise Unreadable(f"the batch of step {step + 1} cannot be read: {error}") from error
+            placed.append(place_rows(batch, mesh))
+            if len(placed) > AHEAD:
+                yield placed.popleft()
+        while placed:
+            yield placed.popleft()
+
+
+class Patient:
+    """An iterator, read in a thread of its own, so that whoever waits for it can stop waiting."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        """
+        Args:
+            iterator: Used by the thread alone from now on.
+        """
+        self._iterator = iterator
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        self._asked.put(True)
+
+    def next(self, seconds: float) -> Any:
+        """The next item; the one after it is asked for at once.
+
+        Raises:
+            TimeoutError: It is not there in time.
+        """
+        try:
+            item, error = self._given.get(timeout=None if math.isinf(seconds) else seconds)
+        except queue.Empty:
+            raise TimeoutError from None
+        if error is not None:
+            raise error
+        self._asked.put(True)
+        return item
+
+    def close(self) -> None:
+        """The thread ends when what it reads now is read; nobody waits for that."""
+        self._asked.put(False)
+
+    def _read(self) -> None:
+        while self._asked.get():
+            try:
+                self._given.put((next(self._iterator), None))
+            except BaseException as error:  # StopIteration too: for whoever asks
+                self._given.put((None, error))
+                return

@@ -72,8 +72,8 @@ def test_saved_on_eight_devices_goes_on_on_any(kind, devices, mesh, on_eight, tm
     ids: list[list[int]] = []
     original = loop.device_batches
 
-    def spy(batches: Batches, place, start, threads):
-        for step, batch in enumerate(original(batches, place, start, threads), start):
+    def spy(batches: Batches, place, start, *rest):
+        for step, batch in enumerate(original(batches, place, start, *rest), start):
             ids.append(batches.example_ids(step).tolist())
             yield batch
 
