@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import tyro
 
-from finetune_jax import checkpoint, seal
+from finetune_jax import seal
 from finetune_jax.checkpoint import CheckpointWriter, Progress
 from finetune_jax.state import TrainState
 
@@ -55,7 +55,7 @@ def without_digests() -> contextlib.ExitStack:
     """The same save, with neither digests nor a manifest."""
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch.object(seal, "write_seal", return_value=None))
-    stack.enter_context(mock.patch.object(checkpoint, "named_leaves", return_value={}))
+    stack.enter_context(mock.patch.object(seal, "leaf_records", return_value={}))
     return stack
 
 

@@ -44,7 +44,10 @@ def join(options: Distributed) -> None:
     signals.phase("waiting for the other processes")
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError) as error:  # of the runtime, the cluster's API, a name that does not resolve
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # of the runtime, the cluster's API, a name that does not resolve
         text = str(error).strip().split("\n")[0]
         raise UserError(
             f"the other processes of this job were not found ({text}); see --distributed.coordinator"

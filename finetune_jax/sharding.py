@@ -66,7 +66,9 @@ def rows_here(mesh: Mesh, rows: int) -> tuple[int, int]:
         UserError: They do not lie side by side.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    spans = sorted({(part[0].start or 0, rows if part[0].stop is None else part[0].stop) for part in held if part})
+    spans = sorted(
+        {(part[0].start or 0, rows if part[0].stop is None else part[0].stop) for part in held if part}
+    )
     if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
         raise UserError(
             f"mesh {dict(mesh.shape)} gives process {jax.process_index()} rows of a batch that do not lie side by side;"

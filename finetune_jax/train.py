@@ -172,9 +172,7 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
     )
     size, data = config.evaluation.batch_size, config.data
     forwards = {
-        split: Forward(
-            job, examples, size, data.max_length, data.packing, data.threads, data.stall_seconds
-        )
+        split: Forward(job, examples, size, data.max_length, data.packing, data.threads, data.stall_seconds)
         for split, examples in setup.examples.items()
         if split != "train"
     }
@@ -199,9 +197,7 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
             stop = runtime.Stop(watch)
             if progress.unevaluated:
                 validation.measure(state, step, stop)
-            ahead = device_batches(
-                batches, job.mesh, progress.next_batch, data.threads, data.stall_seconds
-            )
+            ahead = device_batches(batches, job.mesh, progress.next_batch, data.threads, data.stall_seconds)
             for batch in () if progress.unevaluated else until_unreadable(ahead, unreadable):
                 if progress.stale >= patience:
                     writer.say(

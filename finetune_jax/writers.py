@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from finetune_jax.errors import UserError
+from finetune_jax.errors import UserError, without_secrets
 
 FILE = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -94,7 +94,7 @@ class Writer:
 def say(text: str) -> None:
     """A line for the person at the terminal (stderr: stdout is for results), from the first host only."""
     if jax.process_index() == 0:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(without_secrets(text), file=sys.stderr)
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -66,16 +66,23 @@ class Pair:
             "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/finetune_jax_tests_{os.getuid()}",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
-        words = [sys.executable, "-m", "finetune_jax", "train", "--config", str(recipe), "--workdir", str(run)]
+        words = [
+            sys.executable,
+            "-m",
+            "finetune_jax",
+            "train",
+            "--config",
+            str(recipe),
+            "--workdir",
+            str(run),
+        ]
         words += ["--distributed.coordinator", address, "--distributed.processes", "2"]
         self.run, self.logs = run, [run.with_name(f"{run.name}-{address[-5:]}-{i}.log") for i in (0, 1)]
         self.processes = []
         for index, log in enumerate(self.logs):
             with log.open("w") as file:
                 command = [*words, "--distributed.process", str(index)]
-                self.processes.append(
-                    subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-                )
+                self.processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
 
     def wait_for_step(self, step: int) -> None:
         file = self.run / "metrics.jsonl"
