@@ -262,7 +262,10 @@ ADAPTER = pydantic.TypeAdapter(Config)
 
 @dataclass(frozen=True)
 class Distributed:
-    """How the processes of one job find each other. Under Slurm, Open MPI, a Kubernetes job and on Cloud TPU they do so by themselves."""
+    """How the processes of one job find each other; of a command, not of a run, and so not in its config.json.
+
+    Under Slurm, Open MPI, a Kubernetes job and on Cloud TPU they find each other by themselves.
+    """
 
     coordinator: str | None = None
     """host:port of process 0, which all others can reach."""

@@ -36,7 +36,8 @@ def join(options: Distributed) -> None:
             raise UserError(
                 "--distributed.coordinator, --distributed.processes and --distributed.process go together; give all three"
             )
-        assert options.processes is not None and options.process is not None
+        assert options.processes is not None
+        assert options.process is not None
         if not 0 <= options.process < options.processes:
             raise UserError(
                 f"--distributed.process {options.process} is not below --distributed.processes {options.processes}"

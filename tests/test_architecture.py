@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "finetune_jax"
 FLOORS = [
     {"errors", "signals", "__init__"},
-    {"models", "metrics", "writers", "config", "tree", "doctor", "seal"},
+    {"models", "metrics", "writers", "config", "tree", "doctor", "seal", "runtime"},
     {"data", "hf", "optim", "sharding"},
     {"tasks", "state"},
     {"step", "checkpoint", "job"},
@@ -16,7 +16,7 @@ FLOORS = [
 ]
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
-    ("models", "tree"), ("data", "sharding"), ("data", "hf"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"),
+    ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"),
     ("export", "runfolder"), ("predict", "evaluate"), ("__main__", "cli"),
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def test_a_hub_that_refuses_a_token_is_told_of_without_it(status, tmp_path):
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        do_GET = do_HEAD = do_POST = refuse
+        do_GET = do_HEAD = do_POST = refuse  # noqa: N815
 
         def log_message(self, format, *args):
             pass
