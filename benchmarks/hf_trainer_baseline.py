@@ -74,6 +74,8 @@ class Arguments:
     """Batches of like length."""
     max_steps: int = -1
     """Stop after so many steps; -1 runs all epochs."""
+    predict: bool = True
+    """Score validation and test with the final weights."""
     summarise: tuple[Path, ...] = ()
     """Result files to summarise instead of a run."""
 
@@ -193,7 +195,7 @@ def run(task: str, folder: Path, args: Arguments) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         settings.train_sampling_strategy = "random"  # "group_by_length" would also reorder the evaluation
         metrics: dict[str, dict[str, float]] = {}
-        for name in SPLITS[1:]:
+        for name in SPLITS[1:] if args.predict else ():
             out = trainer.predict(sets[name])
             score = score_tokens if tagging else score_texts
             metrics[name] = {**score(splits[name], out.predictions, out.label_ids, labels),

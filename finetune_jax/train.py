@@ -404,10 +404,10 @@ class Meter:
             segments = self._batches.placement(done).segment
             examples += len(segments)
             tokens += self._batches.examples.tokens_of(segments)
-        seconds = max(now - self._since, 1e-9)
+        seconds, steps = max(now - self._since, 1e-9), step - self._counted
         self._since, self._counted = now, step
         self._examples, self._tokens = self._examples + examples, self._tokens + tokens
-        rates = {"examples_per_second": examples / seconds}
+        rates = {"seconds_per_step": seconds / steps, "examples_per_second": examples / seconds}
         return rates | ({"real_tokens_per_second": tokens / seconds} if tokens else {})
 
     def summary(self) -> dict[str, float]:

@@ -61,7 +61,9 @@ def test_others_that_are_not_found_are_one_line(bare):
         raise RuntimeError("DEADLINE_EXCEEDED: no answer\nand more")
 
     bare.setattr(runtime.jax.distributed, "initialize", fail)
-    with pytest.raises(UserError, match=r"not found \(DEADLINE_EXCEEDED: no answer\); see --distributed.coord"):
+    with pytest.raises(
+        UserError, match=r"not found \(DEADLINE_EXCEEDED: no answer\); see --distributed.coord"
+    ):
         runtime.join(Distributed("localhost:1", 2, 1))
 
 
