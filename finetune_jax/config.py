@@ -237,6 +237,8 @@ class MeshConfig:
     """Batch rows, parameters and optimizer state are split."""
     tensor: int = 1
     """Matrices are split, batch rows are copied."""
+    smallest_split: int = 65536
+    """Parameters with fewer values are copied along fsdp: gathering them costs more than holding them."""
 
 
 @dataclass(frozen=True)
@@ -370,6 +372,7 @@ def validate(config: Config) -> Config:
         ("data.max-train-examples", config.data.max_train_examples, 1),
         ("data.image.size", config.data.image.size, 1),
         ("optim.warmup-steps", config.optim.warmup_steps, 0),
+        ("mesh.smallest-split", config.mesh.smallest_split, 0),
         ("seed", config.seed, 0),
     ):
         if value is not None and value < low:

@@ -24,7 +24,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.models import bert, resnet
-from finetune_jax.sharding import Devices, make_mesh, shard_params
+from finetune_jax.sharding import Devices, Placement, make_mesh, place_params
 from finetune_jax.state import ModelParts, initial_weights, split_model
 from finetune_jax.tasks import TASKS, Task
 from finetune_jax.tree import Flat
@@ -45,11 +45,13 @@ class Job:
     model_config: Any
     parts: ModelParts
     mesh: Mesh
+    placements: dict[str, Placement]
+    """Where each weight lies."""
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:
-        """Where each weight lies."""
-        return shard_params(FAMILIES[self.family].SHARDING, self.parts.abstract, self.mesh)
+        """Where each weight lies, without the reasons."""
+        return {path: placement.sharding for path, placement in self.placements.items()}
 
     def hf_config(self) -> dict[str, Any]:
         """config.json for transformers, which gives a score the name LABEL_0."""
@@ -59,14 +61,19 @@ class Job:
         )
 
 
-def make_job(task: Task, family: str, model_config: Any, mesh: Mesh, dtype: str = "float32") -> Job:
-    """Trace the task's model; no weights are made."""
+def make_job(
+    task: Task, family: str, model_config: Any, config: MeshConfig, devices: Devices | None, dtype: str
+) -> Job:
+    """Trace the task's model and lay it out on a mesh; no weights are made."""
 
     def build(key: jax.Array) -> nnx.Module:
         model: Any = task.model_class
         return model(model_config, task.num_labels, dtype=DTYPES[dtype], rngs=nnx.Rngs(key))
 
-    return Job(task, family, model_config, split_model(build), mesh)
+    parts, mesh = split_model(build), make_mesh(config, devices)
+    rules = FAMILIES[family].SHARDING
+    placements = place_params(rules, parts.abstract, mesh, config.smallest_split)
+    return Job(task, family, model_config, parts, mesh, placements)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,8 +139,9 @@ def job_from_config(
         values["label_smoothing"] = config.task.label_smoothing
     if config.task.name == "token_classification":
         values["all_pieces"] = config.task.label_pieces == "all"
-    mesh = make_mesh(config.mesh, devices)
-    return make_job(kind(**values), config.model.family, model_config, mesh, config.model.dtype)
+    return make_job(
+        kind(**values), config.model.family, model_config, config.mesh, devices, config.model.dtype
+    )
 
 
 def _tokenizer(config: ModelConfig, checkpoint: Checkpoint | None, vocab_size: int) -> Any:
@@ -215,7 +223,7 @@ def open_model(
         max_length, dtype = max_length or saved.data.max_length, saved.model.dtype
     task = _task_of(checkpoint, max_length)
     model_config = parse_config(checkpoint.family, checkpoint.hf_config, checkpoint.source)
-    job = make_job(task, checkpoint.family, model_config, make_mesh(mesh or MeshConfig()), dtype)
+    job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, dtype)
     if run:
         checkpoints = Checkpoints(path)
         places = job.shardings
@@ -228,7 +236,7 @@ def open_model(
     loaded = load_params(checkpoint, job.parts.abstract, replace_head=False)
     if loaded.new:
         raise UserError(f"{model} has no trained head ({', '.join(loaded.new)}); fine-tune it first")
-    return job, initial_weights(job.parts, FAMILIES[job.family].SHARDING, job.mesh, 0, loaded.params)[0]
+    return job, initial_weights(job.parts, job.shardings, 0, loaded.params)
 
 
 def _task_of(checkpoint: Checkpoint, max_length: int | None) -> Task:

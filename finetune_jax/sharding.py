@@ -4,14 +4,16 @@ Axes are always ("data", "fsdp", "tensor"). Batches are split over data and fsdp
 one rule table per model family (`SHARDING` in models/*.py); optimizer state lies where its parameter lies.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.config import MeshConfig
 from finetune_jax.errors import UserError
@@ -77,20 +79,65 @@ def rows_here(mesh: Mesh, rows: int) -> tuple[int, int]:
     return spans[0][0], spans[-1][1]
 
 
-def shard_params(rules: Rules, abstract: dict[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """A sharding for each parameter, by the family's rule table.
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a parameter lies, and why not elsewhere."""
 
-    A dimension that its axis does not divide is left whole, so that small heads work on any mesh.
+    sharding: NamedSharding
+    note: str
+    """Why an axis that the family's rules name does not split it; empty where all do, or none is named."""
+
+
+def place_params(
+    rules: Rules, abstract: Mapping[str, Any], mesh: Mesh | AbstractMesh, smallest: int
+) -> dict[str, Placement]:
+    """A place for each parameter, by the family's rule table.
+
+    A dimension that its axis does not divide is left whole, so that small heads work on any mesh; so is one along fsdp of a
+    parameter with fewer than `smallest` values.
     """
     specs = lookup(rules, abstract, "sharding rule")
-    shardings = {}
+    placements = {}
     for path, leaf in abstract.items():
-        axes = [
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(specs[path], leaf.shape, strict=False)
-        ]
-        shardings[path] = NamedSharding(mesh, PartitionSpec(*axes))
-    return shardings
+        axes: list[str | None] = []
+        notes: list[str] = []
+        for axis, size in zip(specs[path], leaf.shape, strict=False):
+            kept = None if axis is None or mesh.shape[axis] == 1 else axis
+            if kept == "fsdp" and math.prod(leaf.shape) < smallest:
+                kept, _ = None, notes.append(f"below {smallest} values")
+            elif kept is not None and size % mesh.shape[kept]:
+                kept, _ = None, notes.append(f"{kept} {mesh.shape[kept]} does not divide {size}")
+            axes.append(kept)
+        placements[path] = Placement(NamedSharding(mesh, PartitionSpec(*axes)), ", ".join(notes))
+    return placements
+
+
+def placement_table(abstract: Mapping[str, Any], placements: Mapping[str, Placement]) -> list[str]:
+    """A line for each kind of parameter (layers that are alike together): how many, shape, axes, bytes in all and a device."""
+    kinds: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for path, leaf in abstract.items():
+        place, size = placements[path].sharding, leaf.dtype.itemsize
+        axes = " ".join(f"{axis or '-'}" for axis in place.spec) if any(place.spec) else "copied"
+        shape = "x".join(map(str, leaf.shape))
+        kind = (re.sub(r"/\d+(?=/)", "/*", path), shape, axes, placements[path].note)
+        bytes_ = (math.prod(leaf.shape) * size, math.prod(place.shard_shape(leaf.shape)) * size)
+        kinds.setdefault(kind, []).append(bytes_)
+    rows = [("parameter", "count", "shape", "axes", "bytes", "a device", "note")]
+    for (path, shape, axes, note), sizes in kinds.items():
+        whole, part = (f"{sum(column):,}" for column in zip(*sizes, strict=True))
+        rows.append((path, str(len(sizes)), shape, axes, whole, part, note))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in rows
+    ]
+
+
+def bytes_a_device(tree: Any) -> tuple[int, int]:
+    """(bytes of all arrays, bytes of them that one device holds)."""
+    leaves = jax.tree.leaves(tree)
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    part = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return whole, part
 
 
 def shard_like_params(

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from finetune_jax.sharding import Rules, replicated, shard_like_params, shard_params
+from finetune_jax.sharding import replicated, shard_like_params
 from finetune_jax.tree import Flat, flatten
 
 
@@ -67,14 +67,9 @@ def split_model(build: Callable[[jax.Array], nnx.Module]) -> ModelParts:
 
 
 def initial_weights(
-    parts: ModelParts, rules: Rules, mesh: Mesh, seed: int, loaded: Mapping[str, np.ndarray]
-) -> tuple[Flat, dict[str, NamedSharding]]:
-    """Weights on the mesh: those loaded as they are, all others from the constructor's own initialisation.
-
-    Returns:
-        Weights and shardings by path.
-    """
-    shardings = shard_params(rules, parts.abstract, mesh)
+    parts: ModelParts, shardings: Mapping[str, NamedSharding], seed: int, loaded: Mapping[str, np.ndarray]
+) -> Flat:
+    """Weights on the mesh by path: those loaded as they are, all others from the constructor's own initialisation."""
     new = [path for path in parts.abstract if path not in loaded]
 
     def initialise(key: jax.Array) -> Flat:
@@ -86,7 +81,7 @@ def initial_weights(
         made[path] = jax.make_array_from_callback(
             value.shape, shardings[path], lambda index, v=value: v[index]
         )
-    return {path: made[path] for path in parts.abstract}, shardings
+    return {path: made[path] for path in parts.abstract}
 
 
 def create_state(

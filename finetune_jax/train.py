@@ -29,7 +29,7 @@ from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
 from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source, pretrained_weights
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, open_run_folder, write_json
-from finetune_jax.sharding import Devices, batch_parts
+from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
 from finetune_jax.state import TrainState, create_state, initial_weights, parameter_counts, parameter_table
 from finetune_jax.step import abstract_batch, compile_train_step, make_train_step
 from finetune_jax.tasks.base import resolve_class_weights
@@ -125,7 +125,7 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
 
     family = FAMILIES[job.family]
     loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
-    weights, shardings = initial_weights(job.parts, family.SHARDING, job.mesh, config.seed, loaded)
+    weights, shardings = initial_weights(job.parts, job.shardings, config.seed, loaded), job.shardings
     is_frozen = matches_any(
         config.model.freeze, [path for path in weights if path not in job.parts.statistics]
     )
@@ -449,8 +449,8 @@ def announce(setup: Setup, state: TrainState, note: str) -> None:
     say(parameter_table(state))
     if state.model_state and getattr(job.task, "batch_norm", "") == "train" and state.frozen:
         say("model.batch-norm is train: running averages move in frozen layers too; frozen keeps them")
-    devices = job.mesh.devices.flat
-    say(f"mesh {dict(job.mesh.shape)} on {len(devices)} {devices[0].device_kind} device(s)")
+    for line in placement_summary(job, state):
+        say(line)
     shape = batches.shape
     text = (
         f"{len(setup.examples['train'])} training segments, {setup.total_steps} updates of {shape.rows} rows"
@@ -469,6 +469,34 @@ def announce(setup: Setup, state: TrainState, note: str) -> None:
                 "split into windows" if job.task.architecture.endswith("TokenClassification") else "truncated"
             )
             say(f"{split}: {cut} of {len(features)} examples are over data.max-length and were {how}")
+
+
+def placement_summary(job: Job, state: TrainState) -> list[str]:
+    """The mesh, what a device holds, and what is copied to each."""
+    devices = job.mesh.devices.flat
+    lines = [f"mesh {dict(job.mesh.shape)} on {len(devices)} {devices[0].device_kind} device(s)"]
+    if len(devices) == 1:
+        return lines
+    held = {"weights": state.weights, "optimizer state": state.opt_state}
+    texts = []
+    for name, tree in held.items():
+        whole, part = bytes_a_device(tree)
+        texts.append(f"{part / 1e6:,.1f} of {whole / 1e6:,.1f} MB of {name}")
+    lines.append(f"a device holds {' and '.join(texts)}")
+    copied = [path for path, placement in job.placements.items() if not any(placement.sharding.spec)]
+    size = sum(state.weights[path].nbytes for path in copied)
+    lines.append(
+        f"copied to every device: {len(copied)} of {len(job.placements)} weights, {size / 1e6:,.1f} MB"
+    )
+    refused: dict[str, list[str]] = {}
+    for path, placement in job.placements.items():
+        if placement.note:
+            refused.setdefault(placement.note, []).append(path)
+    lines += [
+        f"not split as the rules say, {note}: {len(paths)} weights, such as {paths[0]}"
+        for note, paths in refused.items()
+    ]
+    return lines
 
 
 def say_compiled(compiled: Any, seconds: float) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 from finetune_jax.data.pipeline import Batches, evaluation_shape, train_shape
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward, evaluate
-from finetune_jax.job import FAMILIES, job_from_config, open_source
+from finetune_jax.job import job_from_config, open_source
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.sharding import place_rows
 from finetune_jax.state import create_state, initial_weights
@@ -29,7 +29,7 @@ def setup(config, accumulation=1):
     source = open_source(config, None)
     job = job_from_config(config, None, source, jax.devices()[:1])
     examples = {s: job.task.examples(r, train=s == "train") for s, r in source.splits.items()}
-    weights, places = initial_weights(job.parts, FAMILIES[job.family].SHARDING, job.mesh, 0, {})
+    weights, places = initial_weights(job.parts, job.shardings, 0, {}), job.shardings
     frozen = {path: False for path in weights if path not in job.parts.statistics}
     schedule = make_schedule(config.optim, 10)
     optimizer = make_optimizer(config.optim, schedule, {p: p.endswith("kernel") for p in frozen})
@@ -120,7 +120,7 @@ def test_evaluation_is_exact_on_ragged_splits(kind, packing, devices, tmp_path):
         config = text(tmp_path, kind)
     source = open_source(config, None)
     job = job_from_config(config, None, source, jax.devices()[:devices])
-    weights, _ = initial_weights(job.parts, FAMILIES[job.family].SHARDING, job.mesh, 0, {})
+    weights = initial_weights(job.parts, job.shardings, 0, {})
     examples = job.task.examples(source.splits["test"], train=False)
     found = [
         evaluate(Forward(job, examples, size, 32, packing and size > 1), job, examples, weights)

@@ -108,7 +108,12 @@ def single(tmp_path_factory):
     return run_of
 
 
-DATA, FSDP, TENSOR, MIXED = MeshConfig(), MeshConfig(1, 8, 1), MeshConfig(1, 1, 8), MeshConfig(2, 2, 2)
+DATA, FSDP, TENSOR, MIXED = (
+    MeshConfig(),
+    MeshConfig(1, 8, 1, smallest_split=0),
+    MeshConfig(1, 1, 8, smallest_split=0),
+    MeshConfig(2, 2, 2, smallest_split=0),
+)
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")

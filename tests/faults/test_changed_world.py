@@ -45,7 +45,7 @@ def on_eight(tmp_path_factory):
         if kind not in done:
             folder = tmp_path_factory.mktemp(kind)
             config = (image_config if kind == "image" else text_config)(folder, steps=24)
-            config = replace(config, mesh=MeshConfig(2, 4, 1))
+            config = replace(config, mesh=MeshConfig(2, 4, 1, smallest_split=0))
             with pytest.raises(loop.Stopped):
                 loop.train(config, folder / "run", stop_at=4)
             shutil.copytree(folder / "run", folder / "whole")
@@ -60,9 +60,9 @@ def on_eight(tmp_path_factory):
     ("kind", "devices", "mesh"),
     [
         ("text", 1, MeshConfig()),
-        ("text", 4, MeshConfig(1, 4, 1)),
+        ("text", 4, MeshConfig(1, 4, 1, smallest_split=0)),
         ("image", 2, MeshConfig()),
-        ("image", 8, MeshConfig(2, 2, 2)),
+        ("image", 8, MeshConfig(2, 2, 2, smallest_split=0)),
     ],
     ids=str,
 )

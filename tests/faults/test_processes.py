@@ -40,7 +40,7 @@ def write_recipe(folder: Path) -> Path:
     config = tiny.text_config(tiny.write_texts(folder / "texts"), steps=STEPS)
     config = dataclasses.replace(
         config,
-        mesh=MeshConfig(2, 2, 1),
+        mesh=MeshConfig(2, 2, 1, smallest_split=0),
         evaluation=EvaluationConfig(every_steps=10, batch_size=8),
         checkpoint=CheckpointConfig(every_steps=4),
         optim=dataclasses.replace(config.optim, learning_rate=1e-3),
