@@ -136,7 +136,7 @@ def test_a_signal_to_one_stops_both_at_one_step_and_one_alone_goes_on(job):
     assert [loss for _, loss in went_on] == pytest.approx([loss for _, loss in whole], abs=1e-6)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_one_killed_ends_the_other_and_a_restart_goes_on(job, victim):
     folder, recipe, whole = job
     pair = Pair(recipe, folder / f"killed-{victim}")
