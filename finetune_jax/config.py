@@ -275,6 +275,8 @@ class Distributed:
     """How many there are."""
     process: int | None = None
     """Which one this is, from 0."""
+    wait_seconds: int = 60
+    """How long to wait for the others."""
 
 
 def field_paths(cls: type = Config, prefix: str = "") -> list[str]:

@@ -1,10 +1,16 @@
-"""One job in several processes: JAX's own runtime lets them find each other, agree on when to stop, and miss one that died."""
+"""One job in several processes: JAX's own runtime lets them find each other, compare notes, stop together, miss one that died."""
 
+import json
 import os
+import socket
 import sys
+import time
 import traceback
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from finetune_jax import signals
@@ -44,16 +50,75 @@ def join(options: Distributed) -> None:
             )
     signals.phase("waiting for the other processes")
     try:
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # of the runtime, the cluster's API, a name that does not resolve
+        if options.coordinator is not None:
+            _wait_for_coordinator(options)
+        jax.distributed.initialize(
+            *given, initialization_timeout=options.wait_seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # of the runtime, a cluster's API, the network
         text = str(error).strip().split("\n")[0]
         raise UserError(
-            f"the other processes of this job were not found ({text}); see --distributed.coordinator"
+            f"the other processes of this job were not found ({text}); see --distributed.coordinator and"
+            f" --distributed.wait-seconds ({options.wait_seconds})"
         ) from error
     signals.take_back()
+
+
+def _wait_for_coordinator(options: Distributed) -> None:
+    """The runtime ends the process where nobody answers; here it is an error that can be told.
+
+    Raises:
+        OSError: Process 0 does not listen in time.
+        ValueError: The address is none.
+    """
+    assert options.coordinator is not None
+    host, _, port = options.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--distributed.coordinator {options.coordinator} is not of the form host:port")
+    if options.process == 0:
+        print(
+            f"finetune-jax: waiting up to {options.wait_seconds} s for {options.processes} processes at"
+            f" {options.coordinator}",
+            file=sys.stderr,
+        )
+        return
+    limit = time.monotonic() + options.wait_seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > limit:
+                raise OSError(f"process 0 does not answer at {options.coordinator}: {error}") from error
+            time.sleep(0.5)
+
+
+def check_agreement(values: Mapping[str, Any], what: str) -> None:
+    """All processes of a job must have the same values. A collective: each process calls it, and all raise together.
+
+    Args:
+        values: By name; JSON values.
+        what: Whose they are, for the error.
+
+    Raises:
+        UserError: Naming what differs, and in which process.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps(dict(values), sort_keys=True).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(text.size)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    texts = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    first, *others = (json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True))
+    differences = [
+        f"{name} {first.get(name)!r} in process 0, {other.get(name)!r} in process {index}"
+        for index, other in enumerate(others, 1)
+        for name in sorted(first.keys() | other.keys())
+        if first.get(name) != other.get(name)
+    ]
+    if differences:
+        raise UserError(f"the processes of this job have different {what}: {'; '.join(differences[:6])}")
 
 
 def in_cluster() -> bool:

@@ -21,20 +21,23 @@ import optax
 
 from finetune_jax import metrics, runtime, signals
 from finetune_jax.checkpoint import CheckpointWriter, Progress
-from finetune_jax.config import Config, validate
+from finetune_jax.config import Config, to_dict, validate
 from finetune_jax.data.pipeline import Batches, Unreadable, device_batches, padding_share, train_shape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
 from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source, pretrained_weights
 from finetune_jax.optim import make_optimizer, make_schedule
-from finetune_jax.runfolder import RESULT_FILE, check_same_config, open_run_folder, write_json
+from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder, write_json
 from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
 from finetune_jax.state import TrainState, create_state, initial_weights, parameter_counts, parameter_table
 from finetune_jax.step import abstract_batch, compile_train_step, make_train_step
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.tree import lookup, matches_any
 from finetune_jax.writers import Writer, say
+
+OF_ONE_HOST = ("data.path", "data.cache_dir", "data.threads")
+"""Config fields that the processes of a job may have each for itself."""
 
 
 class Stopped(Exception):
@@ -71,8 +74,11 @@ def train(
     """
     config, run = validate(config), Path(workdir).expanduser()
     signals.phase("preparing")
+    fields = flat_fields(to_dict(config)).items()
+    runtime.check_agreement({name: value for name, value in fields if name not in OF_ONE_HOST}, "configs")
     check_same_config(config, run, allow_change)
     setup = prepare(config, devices)
+    runtime.check_agreement({"fingerprint": setup.source.fingerprint}, "data")
     with open_run_folder(config, run, setup.job, setup.source, setup.batches.shape):
         saver = CheckpointWriter(run, config.checkpoint.keep, config.checkpoint.keep_every_steps)
         with contextlib.closing(saver):

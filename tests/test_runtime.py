@@ -1,5 +1,8 @@
 """Whether this is one of several processes, and when it is to stop."""
 
+import json
+
+import numpy as np
 import pytest
 
 from finetune_jax import runtime, signals
@@ -61,10 +64,46 @@ def test_others_that_are_not_found_are_one_line(bare):
         raise RuntimeError("DEADLINE_EXCEEDED: no answer\nand more")
 
     bare.setattr(runtime.jax.distributed, "initialize", fail)
-    with pytest.raises(
-        UserError, match=r"not found \(DEADLINE_EXCEEDED: no answer\); see --distributed.coord"
-    ):
-        runtime.join(Distributed("localhost:1", 2, 1))
+    with pytest.raises(UserError, match=r"not found \(DEADLINE_EXCEEDED: no answer\); see --distributed"):
+        runtime.join(Distributed("localhost:1", 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "message"),
+    [
+        ("127.0.0.1:1", r"process 0 does not answer at 127.0.0.1:1: .*refused.*wait-seconds \(1\)"),
+        ("somewhere", "somewhere is not of the form host:port"),
+        ("somewhere:port", "somewhere:port is not of the form host:port"),
+    ],
+)
+def test_a_coordinator_that_is_not_there_is_one_line(coordinator, message, bare):
+    bare.setattr(runtime.jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
+    with pytest.raises(UserError, match=message):
+        runtime.join(Distributed(coordinator, 2, 1, wait_seconds=1))
+
+
+def test_values_that_differ_are_named_in_all_processes(bare):
+    ours, theirs = {"seed": 0, "train.steps": 5, "only": 1}, {"seed": 1, "train.steps": 5}
+    sent = []
+
+    def gather(value):  # two processes: what this one sends, and what the other would
+        sent.append(value)
+        other = np.frombuffer(json.dumps(theirs).encode(), np.uint8)
+        if value.ndim == 0:
+            return np.array([value, other.size])
+        return np.stack([value, np.pad(other, (0, value.size - other.size))])
+
+    bare.setattr(runtime.multihost_utils, "process_allgather", gather)
+    runtime.check_agreement(ours, "configs")
+    assert not sent, "one process has nobody to ask"
+    bare.setattr(runtime.jax, "process_count", lambda: 2)
+    expected = (
+        "different configs: only 1 in process 0, None in process 1; seed 0 in process 0, 1 in process 1"
+    )
+    with pytest.raises(UserError, match=expected):
+        runtime.check_agreement(ours, "configs")
+    theirs = ours
+    runtime.check_agreement(ours, "configs")
 
 
 def test_one_process_stops_by_its_own_signals(bare):

@@ -55,7 +55,7 @@ def write_recipe(folder: Path) -> Path:
 class Pair:
     """Two processes with two CPU devices each."""
 
-    def __init__(self, recipe: Path, run: Path) -> None:
+    def __init__(self, recipe: Path, run: Path, second: tuple[str, ...] = ()) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -81,7 +81,7 @@ class Pair:
         self.processes = []
         for index, log in enumerate(self.logs):
             with log.open("w") as file:
-                command = [*words, "--distributed.process", str(index)]
+                command = [*words, "--distributed.process", str(index), *(second if index else ())]
                 self.processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
 
     def wait_for_step(self, step: int) -> None:
@@ -156,6 +156,18 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(job, victim):
     else:
         loop.train(load_saved(folder / "config.json"), pair.run, devices=jax.devices()[:4])
     assert [loss for _, loss in rows(pair.run)] == pytest.approx([loss for _, loss in whole], abs=1e-6)
+
+
+def test_processes_with_different_configs_refuse_together(job):
+    folder, recipe, _ = job
+    pair = Pair(recipe, folder / "disagreeing", second=("--seed", "3", "--data.threads", "1"))
+    codes = pair.end(60)
+    assert 2 in codes, pair.said()
+    assert 0 not in codes, pair.said()
+    assert not pair.run.exists()
+    # Whoever raises first ends, and the runtime may end the other before it has said so.
+    assert any("different configs: seed 0 in process 0, 3 in process 1" in said for said in pair.said())
+    assert not any("data.threads" in said for said in pair.said())
 
 
 def test_a_part_of_the_options_is_refused(tmp_path, capsys):
