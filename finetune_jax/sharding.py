@@ -5,7 +5,6 @@ one rule table per model family (`SHARDING` in models/*.py); optimizer state lie
 """
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax.config import MeshConfig
@@ -43,7 +43,24 @@ def make_mesh(config: MeshConfig, devices: Devices | None = None) -> Mesh:
         raise UserError(
             f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {len(devices)}; set --mesh.*"
         )
-    return Mesh(np.array(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_arranged(devices, tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices so that neighbours along an axis are neighbours in the machine; slices apart along data only.
+
+    Raises:
+        UserError: Slices do not divide the data axis: fsdp or tensor would go over the slow network between them.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.data {shape[0]} does not divide by {slices} slices; set --mesh.data to a multiple"
+        )
+    within, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -61,22 +78,13 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def rows_here(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """First and end of the rows of a batch that this process's devices hold; all of them where it spans no other.
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """Numbers, ascending, of the rows of a batch that this process's devices hold.
 
-    Raises:
-        UserError: They do not lie side by side.
+    They need not lie side by side: on a torus of chips neighbours along an axis may belong to another host.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    spans = sorted(
-        {(part[0].start or 0, rows if part[0].stop is None else part[0].stop) for part in held if part}
-    )
-    if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise UserError(
-            f"mesh {dict(mesh.shape)} gives process {jax.process_index()} rows of a batch that do not lie side by side;"
-            " let mesh.tensor divide the devices of one process"
-        )
-    return spans[0][0], spans[-1][1]
+    return np.unique(np.concatenate([np.arange(rows)[part] for part in held if part is not None]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +162,23 @@ def shard_like_params(
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def place_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays on the mesh."""
+def place_rows(batch: dict[str, np.ndarray], mesh: Mesh, here: np.ndarray, rows: int) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays on the mesh.
+
+    Args:
+        batch: Arrays of those rows.
+        mesh: Where to place them.
+        here: Their numbers, `rows_here`.
+        rows: Of the global batch.
+    """
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+    def place(value: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, end, _ = index[0].indices(rows)
+            local = int(np.searchsorted(here, first))
+            return value[local : local + end - first]
+
+        return jax.make_array_from_callback((rows, *value.shape[1:]), sharding, part)
+
+    return {name: place(value) for name, value in batch.items()}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from finetune_jax import sharding
 from finetune_jax import train as loop
 from finetune_jax.config import MeshConfig
 from finetune_jax.errors import UserError
@@ -47,19 +48,50 @@ def test_reasons_why_a_parameter_is_not_split():
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
 def test_one_process_makes_all_rows(sizes):
-    assert rows_here(make_mesh(MeshConfig(*sizes)), 16) == (0, 16)
+    assert rows_here(make_mesh(MeshConfig(*sizes)), 16).tolist() == list(range(16))
 
 
-def test_rows_that_do_not_lie_side_by_side_are_refused(monkeypatch):
-    from finetune_jax import sharding
+def test_rows_of_a_process_need_not_lie_side_by_side(monkeypatch):
+    """Two processes whose devices alternate along the batch: each makes its rows, and places each where it belongs."""
+    mesh = make_mesh(MeshConfig(4, 1, 1), jax.devices()[:4])
+    whole = sharding.batch_sharding(mesh)
+    everywhere = whole.addressable_devices_indices_map((8,))
+    mine = {device: part for i, (device, part) in enumerate(everywhere.items()) if i % 2}
 
-    class Scattered:
+    class Ours:
         def addressable_devices_indices_map(self, shape):
-            return {0: (slice(0, 2),), 1: (slice(4, 6),)}
+            return mine
 
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Scattered())
-    with pytest.raises(UserError, match=r"do not lie side by side; let mesh.tensor divide"):
-        rows_here(make_mesh(MeshConfig(8, 1, 1)), 8)
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Ours())
+    here = rows_here(mesh, 8)
+    assert here.tolist() == [2, 3, 6, 7]
+    monkeypatch.undo()
+    asked = {}
+
+    def make(shape, places, part):
+        asked.update({device: part(index) for device, index in mine.items()})
+        return shape
+
+    monkeypatch.setattr(sharding.jax, "make_array_from_callback", make)
+    assert sharding.place_rows({"x": here * 10}, mesh, here, 8) == {"x": (8,)}
+    assert [values.tolist() for values in asked.values()] == [[20, 30], [60, 70]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+def test_slices_lie_apart_along_data_only():
+    devices = [FakeDevice(id=i, slice_index=i % 2) for i in range(8)]
+    arranged = sharding._arranged(devices, (4, 2, 1))
+    assert [[d.slice_index for d in row.flat] for row in arranged] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match=r"mesh.data 1 does not divide by 2 slices"):
+        sharding._arranged(devices, (1, 8, 1))
 
 
 def test_a_run_says_what_a_device_holds(tmp_path, capsys):

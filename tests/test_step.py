@@ -146,7 +146,7 @@ def test_padding_rows_count_nothing(tmp_path):
     batches = Batches(examples["test"], shape, None, False)
     last = batches[len(batches) - 1]
     forward = jax.jit(make_forward(job.task, job.parts))
-    _, sums = forward(state.weights, place_rows(last, job.mesh))
+    _, sums = forward(state.weights, place_rows(last, job.mesh, batches.here, batches.rows))
     real = {name: value[last["weights"][:, 0] > 0] for name, value in last.items()}
     _, expected = forward(state.weights, real)
     assert float(sums["loss"][1]) == len(real["labels"]) == len(examples["test"]) % 16

@@ -56,10 +56,11 @@ class Placement:
     start: np.ndarray
     slot: np.ndarray
 
-    def rows_of(self, first: int, end: int) -> "Placement":
-        """Only rows first..end - 1, counted from 0 again: one host's share."""
-        mine = (self.row >= first) & (self.row < end)
-        return Placement(self.segment[mine], self.row[mine] - first, self.start[mine], self.slot[mine])
+    def rows_of(self, rows: np.ndarray) -> "Placement":
+        """Only these rows (ascending), counted from 0 again: one host's share."""
+        mine = np.isin(self.row, rows)
+        row = np.searchsorted(rows, self.row[mine]).astype(self.row.dtype)
+        return Placement(self.segment[mine], row, self.start[mine], self.slot[mine])
 
 
 def epoch_order(count: int, seed: int | None, epoch: int) -> np.ndarray:

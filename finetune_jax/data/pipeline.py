@@ -132,7 +132,7 @@ class Batches:
     def __post_init__(self) -> None:
         self.epochs = Epochs(len(self.examples), self.shape, self.seed, self.examples.lengths, self.packing)
         self.steps = self.steps or self.epochs.end(0)
-        self._rows = (0, self.rows) if self.mesh is None else rows_here(self.mesh, self.rows)
+        self.here = np.arange(self.rows) if self.mesh is None else rows_here(self.mesh, self.rows)
 
     def __len__(self) -> int:
         return self.steps
@@ -152,10 +152,9 @@ class Batches:
         return self.examples.example_ids[self.placement(step).segment]
 
     def __getitem__(self, step: int) -> Batch:
-        first, end = self._rows
         epoch = None if self.seed is None else self.epochs.locate(step)[0]
-        local = replace(self.shape, rows=end - first)
-        return self.examples.assemble(self.placement(step).rows_of(first, end), local, epoch)
+        local = replace(self.shape, rows=len(self.here))
+        return self.examples.assemble(self.placement(step).rows_of(self.here), local, epoch)
 
 
 def padding_share(batches: Batches) -> float:
@@ -241,7 +240,7 @@ def device_batches(
                 ) from None
             except (UserError, OSError) as error:
                 raise Unreadable(f"the batch of step {step + 1} cannot be read: {error}") from error
-            placed.append(place_rows(batch, mesh))
+            placed.append(place_rows(batch, mesh, batches.here, batches.rows))
             if len(placed) > AHEAD:
                 yield placed.popleft()
         while placed:

@@ -71,7 +71,7 @@ def test_fixed_plan():
 
 def test_a_host_gets_its_rows():
     plan = plan_fixed(np.arange(8), 8)
-    mine = plan.batch(0).rows_of(4, 8)
+    mine = plan.batch(0).rows_of(np.arange(4, 8))
     assert mine.segment.tolist() == [4, 5, 6, 7]
     assert mine.row.tolist() == [0, 1, 2, 3]
 
