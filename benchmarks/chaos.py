@@ -365,7 +365,8 @@ def one_run(job: Path, run: Path, fault: str, draw: random.Random, reference: ob
     reached, saved = last_step(run), newest(run)
     lost = max(0, reached - saved)
     tally.lost.append(lost)
-    tally.beyond += max(0, lost - reached % SAVE_EVERY - SAVE_EVERY)
+    begun = (reached - 1) // SAVE_EVERY * SAVE_EVERY  # a step's row comes before its save
+    tally.beyond += max(0, lost - (reached - begun) - SAVE_EVERY)
     code = -1
     for _ in range(MOST_STARTS):
         code, more = again(job, run, fault)
