@@ -1,4 +1,7 @@
-"""The scripts: what they would run, and that the shell reads them as they are meant."""
+"""The scripts: what they would run, and that the shell reads them as they are meant.
+
+tests/faults/test_processes.py runs multihost_local.sh for real.
+"""
 
 import os
 import re
@@ -10,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from finetune_jax.cli import parse
-from tests import tiny
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHELL = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
@@ -76,35 +78,3 @@ def test_slurm_command(tmp_path):
     assert (command.workdir, command.overrides.seed) == ("/shared/a run", 7)
     assert run("slurm_gpu.sbatch", "--workdir", "x", DRY_RUN="1", VENV="").returncode != 0
     assert run("slurm_gpu.sbatch", VENV="/shared/venv").returncode == 2
-
-
-def test_two_local_processes_train_and_one_bad_option_ends_both(tmp_path):
-    tiny.write_images(tmp_path / "squares.npz")
-    options = [
-        "--task.name",
-        "image_classification",
-        "--model.family",
-        "resnet",
-        "--data.path",
-        tmp_path / "squares.npz",
-    ]
-    options += [
-        "--data.image.size",
-        16,
-        "--train.batch-size",
-        8,
-        "--train.steps",
-        2,
-        "--train.no-tensorboard",
-    ]
-    options += [
-        "--model.hf-config",
-        '{"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}',
-    ]
-    done = run("multihost_local.sh", 2, 1, "--workdir", tmp_path / "run", *options)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/result.json").exists()
-    assert "[Gloo]" in (tmp_path / "run.process-1.log").read_text()
-    done = run("multihost_local.sh", 2, 1, "--workdir", tmp_path / "run", *options, "--seed", 9)
-    assert done.returncode == 2
-    assert "was begun with another config: seed 0 -> 9" in done.stderr
