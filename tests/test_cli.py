@@ -205,7 +205,7 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
         ),
         (["train", "--workdir", "x", "--config", "configs/no.py"], "configs/no.py does not exist"),
         (["train"], "workdir"),
-        (["export", "--run", "/nowhere", "--output", "/tmp/x"], "/nowhere is not a run folder"),
+        (["export", "--run", "/nowhere", "--output", "/nowhere/output"], "/nowhere is not a run folder"),
         (["predict", "--model", "/nowhere"], "/nowhere"),
         (["predict", "--model", "{run}", "--step", "3"], "no checkpoint of step 3"),
         (["predict", "--model", "{run}", "--input", "/nowhere"], "input /nowhere does not exist"),

@@ -29,11 +29,12 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/finetune_jax_tests_{os.getuid()}",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
-# A recipe is a Python file: this one also makes every step slow, so that there is a middle to strike at.
+# A recipe is a Python file: this one also makes every step slow, so that there is a middle to strike at, and patience short.
 RECIPE = """
 import time
 from pathlib import Path
-from finetune_jax import config, writers
+from finetune_jax import config, runtime, writers
+runtime.HEARTBEAT_SECONDS = 10
 advance = writers.Writer.advance
 def slowly(self, step, **shown):
     time.sleep({seconds})
