@@ -11,7 +11,6 @@ import pytest
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig
-from finetune_jax.data.pipeline import Batches
 from finetune_jax.errors import UserError
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
@@ -61,20 +60,12 @@ def test_stopped_and_resumed_is_bit_identical(kind, tmp_path, one_device, monkey
 
     tests/faults/test_every_step.py does so for text, at every step.
     """
-    seen: list[tuple[int, list[int]]] = []
-    original = loop.device_batches
-
-    def spy(batches: Batches, mesh, start, *rest):
-        for step, batch in enumerate(original(batches, mesh, start, *rest), start):
-            seen.append((step, batches.example_ids(step).tolist()))
-            yield batch
-
-    monkeypatch.setattr(loop, "device_batches", spy)
+    seen = tiny.batches_used(monkeypatch)
     config = config_of(kind, tmp_path, steps=20)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train(config, whole, devices=one_device)
-    seen_whole, seen = seen[:], []
-    monkeypatch.setattr(loop, "device_batches", spy)
+    seen_whole = seen.copy()
+    seen.clear()
     with pytest.raises(loop.Stopped, match="stopped at step 10"):
         loop.train(config, parts, devices=one_device, stop_at=10)
     loop.train(config, parts, devices=one_device)

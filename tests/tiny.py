@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_jax import train
 from finetune_jax.config import (
     Config,
     DataConfig,
@@ -15,6 +16,7 @@ from finetune_jax.config import (
     TaskConfig,
     TrainConfig,
 )
+from finetune_jax.data.pipeline import Batches
 
 WORDS = [
     "the",
@@ -69,6 +71,20 @@ def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Rows of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == kind]
+
+
+def batches_used(monkeypatch) -> list[tuple[int, list[int]]]:
+    """(step, example ids) of each batch that the loop takes from now on; grows as it does."""
+    used: list[tuple[int, list[int]]] = []
+    original = train.device_batches
+
+    def spy(batches: Batches, mesh: Any, start: int, *rest: Any):
+        for step, batch in enumerate(original(batches, mesh, start, *rest), start):
+            used.append((step, batches.example_ids(step).tolist()))
+            yield batch
+
+    monkeypatch.setattr(train, "device_batches", spy)
+    return used
 
 
 def sentences(count: int, seed: int) -> list[list[str]]:

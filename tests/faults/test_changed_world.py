@@ -12,7 +12,6 @@ from finetune_jax import runfolder
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import EvaluationConfig, MeshConfig, load_saved
-from finetune_jax.data.pipeline import Batches
 from finetune_jax.errors import UserError
 from finetune_jax.seal import digest_array
 from tests import tiny
@@ -69,15 +68,7 @@ def on_eight(tmp_path_factory):
 def test_saved_on_eight_devices_goes_on_on_any(kind, devices, mesh, on_eight, tmp_path, monkeypatch):
     config, run, expected = on_eight(kind)
     run = shutil.copytree(run, tmp_path / "run")
-    ids: list[list[int]] = []
-    original = loop.device_batches
-
-    def spy(batches: Batches, place, start, *rest):
-        for step, batch in enumerate(original(batches, place, start, *rest), start):
-            ids.append(batches.example_ids(step).tolist())
-            yield batch
-
-    monkeypatch.setattr(loop, "device_batches", spy)
+    used = tiny.batches_used(monkeypatch)
     before = Checkpoints(run).leaves(4)
     chosen = jax.devices()[:devices]
     setup = loop.prepare(replace(config, mesh=mesh), chosen)
@@ -86,7 +77,7 @@ def test_saved_on_eight_devices_goes_on_on_any(kind, devices, mesh, on_eight, tm
         assert before[f"weights/{path}"]["xxh3_128"] == digest_array(np.asarray(leaf)), path
     loop.train(replace(config, mesh=mesh), run, devices=chosen)
     np.testing.assert_allclose(losses(run)[4:], expected[4:], atol=1e-6, rtol=0)
-    assert ids == [setup.batches.example_ids(step).tolist() for step in range(4, 24)]
+    assert [ids for _, ids in used] == [setup.batches.example_ids(step).tolist() for step in range(4, 24)]
 
 
 def test_what_differs_is_listed(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import CheckpointConfig, EvaluationConfig
-from finetune_jax.data.pipeline import Batches
 from tests import tiny
 
 
@@ -28,17 +27,10 @@ def config_of(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_stopped_at_every_step_of_two_epochs(kind, tmp_path, monkeypatch):
     config, devices = config_of(kind, tmp_path), jax.devices()[:1]
-    used: list[tuple[int, list[int]]] = []
-    original = loop.device_batches
-
-    def spy(batches: Batches, mesh, start, *rest):
-        for step, batch in enumerate(original(batches, mesh, start, *rest), start):
-            used.append((step, batches.example_ids(step).tolist()))
-            yield batch
-
-    monkeypatch.setattr(loop, "device_batches", spy)
+    used = tiny.batches_used(monkeypatch)
     whole = loop.train(config, tmp_path / "whole", devices=devices)
-    at_once, used = used[:], []
+    at_once = used.copy()
+    used.clear()
     for step in range(1, whole["steps"]):
         with pytest.raises(loop.Stopped, match=f"stopped at step {step};"):
             loop.train(config, tmp_path / "parts", devices=devices, stop_at=step)
