@@ -279,7 +279,8 @@ class CheckpointWriter:
             # CPU this reads 270 MB in less time than a copy would take; on accelerators the transfer is most of it.
             try:
                 leaves = host_leaves({"weights": state.weights, "training": training})
-                saving.leaves.set_result(seal.leaf_records(leaves))
+                if jax.process_index() == 0:  # the others take part in gathering; the first writes the seal
+                    saving.leaves.set_result(seal.leaf_records(leaves))
             except Exception as error:  # told by the thread that waits for it, as all that a save runs into
                 saving.leaves.set_exception(error)
 

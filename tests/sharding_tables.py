@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from finetune_jax.config import MeshConfig
 from finetune_jax.hf.pretrained import parse_config
 from finetune_jax.models import bert, resnet
-from finetune_jax.sharding import AXES, place_params, placement_table
+from finetune_jax.sharding import AXES, bytes_a_device, place_params, placement_table
 from finetune_jax.state import split_model
 
 GOLDEN = Path(__file__).parent / "golden/sharding"
@@ -41,12 +41,11 @@ def table(name: str) -> str:
     for sizes in MESHES:
         mesh = AbstractMesh(sizes, AXES)
         placements = place_params(rules, parts.abstract, mesh, MeshConfig().smallest_split)
-        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in parts.abstract.values())
-        part = sum(
-            jax.ShapeDtypeStruct(placements[path].sharding.shard_shape(leaf.shape), leaf.dtype).size
-            * leaf.dtype.itemsize
+        placed = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placements[path].sharding)
             for path, leaf in parts.abstract.items()
-        )
+        }
+        whole, part = bytes_a_device(placed)
         text += (
             f"# data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]}: {part:,} of {whole:,} bytes a device\n"
         )
