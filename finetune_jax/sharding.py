@@ -110,12 +110,18 @@ def place_params(
         axes: list[str | None] = []
         notes: list[str] = []
         for axis, size in zip(specs[path], leaf.shape, strict=False):
-            kept = None if axis is None or mesh.shape[axis] == 1 else axis
-            if kept == "fsdp" and math.prod(leaf.shape) < smallest:
-                kept, _ = None, notes.append(f"below {smallest} values")
-            elif kept is not None and size % mesh.shape[kept]:
-                kept, _ = None, notes.append(f"{kept} {mesh.shape[kept]} does not divide {size}")
-            axes.append(kept)
+            if axis is None or mesh.shape[axis] == 1:
+                reason = ""
+            elif axis == "fsdp" and math.prod(leaf.shape) < smallest:
+                reason = f"below {smallest} values"
+            elif size % mesh.shape[axis]:
+                reason = f"{axis} {mesh.shape[axis]} does not divide {size}"
+            else:
+                axes.append(axis)
+                continue
+            axes.append(None)
+            if reason:
+                notes.append(reason)
         placements[path] = Placement(NamedSharding(mesh, PartitionSpec(*axes)), ", ".join(notes))
     return placements
 

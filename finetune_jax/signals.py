@@ -42,7 +42,13 @@ class Watch:
         """Address of a library's own handler of SIGTERM."""
 
     def start(self) -> None:
-        """Take the signals over. Only in the main thread."""
+        """Take the signals over.
+
+        Raises:
+            ValueError: Not in the main thread. Nothing is touched then: asking C for its handler would take it away.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("signals are taken over in the main thread only")
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._handlers = {number: signal.getsignal(number) for number in SIGNALS}

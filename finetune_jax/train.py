@@ -152,9 +152,8 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
     """Restore, compile, loop, result."""
     config, job, batches, total_steps = setup.config, setup.job, setup.batches, setup.total_steps
     restored = saver.checkpoints.restore(setup.state)
-    if (
-        restored is not None
-    ):  # `setup` lives as long as the run: its state must not take memory beside the restored one
+    if restored is not None:
+        # `setup` lives as long as the run: its state must not take memory beside the restored one.
         for leaf in jax.tree.leaves(setup.state):
             leaf.delete()
     state, progress = restored or (setup.state, Progress())

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -80,6 +81,27 @@ def test_a_program_that_calls_train_has_its_handlers_back():
         assert watch.requested == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_outside_the_main_thread_nothing_is_touched():
+    from finetune_jax import signals
+
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+
+        def train():
+            with signals.at_stake(60) as watch:
+                heard.append(watch.requested)
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        os.kill(os.getpid(), signal.SIGTERM)  # with the handler gone from C, this would be the end
+        time.sleep(0.05)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [None, signal.SIGTERM]
 
 
 def config_of(tmp_path):
