@@ -119,7 +119,7 @@ def before(owner, attribute, name):
         reached(name)
         return original(*arguments, **options)
     setattr(owner, attribute, wrapped)
-before(loop, "compile_train_step", "compile")
+before(loop, "lower_train_step", "compile")
 before(loop, "is_boundary", "step")
 before(evaluate.Forward, "_collect", "evaluate")
 before(checkpoint.CheckpointWriter, "save", "save")

@@ -159,6 +159,42 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a recipe's train and evaluation step for TPUs or GPUs that are not here: memory, FLOPs, collectives, time."""
+
+    config: str | None = None
+    """A recipe, such as configs/sst2_local.py."""
+    target: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """KIND:TOPOLOGY, KIND:TOPOLOGY:SLICES or KIND:GPUS, such as v5e:4x4, v5e:4x4:2, h100:8; may be given again."""
+    batch_size: int | Literal["auto"] | None = None
+    """Instead of train.batch-size; auto finds the largest that fits, to within 3 %."""
+    examples: int | None = None
+    """Training examples, where the data are not here; then neither data nor tokenizer are opened."""
+    tokens: int = 128
+    """With --examples: word pieces of each."""
+    labels: int = 2
+    """With --examples: classes."""
+    output: str | None = None
+    """JSON file for all figures."""
+    overrides: Overrides = dataclasses.field(default_factory=Config)
+
+    def __call__(self) -> int:
+        from finetune_jax.targets import prepare_environment
+
+        prepare_environment()
+        from finetune_jax.plan import Workload, plan
+        from finetune_jax.plan_report import as_json, report
+
+        output = None if self.output is None else writable(self.output)
+        workload = None if self.examples is None else Workload(self.examples, self.tokens, self.labels)
+        found = plan(self.overrides, self.target, self.batch_size, workload)
+        print("\n\n".join(report(estimate, tried) for estimate, tried in found))
+        if output is not None:
+            output.write_text(as_json(found), encoding="utf-8")
+        return 0 if all(estimate.fits for estimate, _ in found) else 3
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Versions, devices, what is missing and how to install it."""
 
@@ -175,12 +211,13 @@ COMMANDS = {
     "predict": Predict,
     "export": Export,
     "checkpoint": Checkpoint,
+    "plan": Plan,
     "doctor": Doctor,
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit code 0; 2 with one line on stderr for a user's mistake; 143 or 130 after a signal, when all is saved."""
+    """Exit code 0; 2 with one line on stderr for a user's mistake; 3 for a plan that does not fit; 143 or 130 after a signal, when all is saved."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of what we say in one line
@@ -198,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Checkpoint | Doctor:
+def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Checkpoint | Plan | Doctor:
     """The command that the words say, a recipe's values as the defaults of its fields."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: finetune-jax {{{','.join(COMMANDS)}}} ...\n")

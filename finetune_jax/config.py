@@ -65,6 +65,12 @@ class ModelConfig:
     """ResNet: normalise training batches with their own statistics and update the averages, or with the averages, never updated."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, LayerNorm, softmax, BatchNorm statistics and the loss are float32 always."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a layer (BERT) or block (ResNet) keeps for the backward pass: everything; the results of its dense layers; its input only. Less memory, more arithmetic, the same gradient."""
+    scan_layers: bool = False
+    """BERT: compile one layer and run it in a loop. Compiles faster, takes more memory; checkpoints and exports are the same."""
+    batch_norm_groups: int = 1
+    """ResNet, batch_norm train: normalise so many equal parts of a micro-batch each by its own statistics. 1: the whole batch, over all devices; as many as there are devices: per replica."""
 
 
 @dataclass(frozen=True)
@@ -357,6 +363,7 @@ def validate(config: Config) -> Config:
     """
     config = from_dict(to_dict(config), "config")
     for path, value, low in (
+        ("model.batch-norm-groups", config.model.batch_norm_groups, 1),
         ("train.batch-size", config.train.batch_size, 1),
         ("train.accumulation", config.train.accumulation, 1),
         ("train.log-every", config.train.log_every, 1),
@@ -403,6 +410,10 @@ def validate(config: Config) -> Config:
             raise UserError(f"{path} is {value}, must be above 0")
     if (config.task.name == "image_classification") != (config.model.family == "resnet"):
         raise UserError(f"task {config.task.name} does not go with model family {config.model.family}")
+    if config.model.family != "bert" and config.model.scan_layers:
+        raise UserError("model.scan-layers is for family bert: the blocks of a resnet differ in shape")
+    if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
+        raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
             f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"

@@ -16,7 +16,7 @@ from finetune_jax.data.sources import load_source
 from finetune_jax.errors import UserError
 from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model
 from finetune_jax.sharding import batch_parts
-from finetune_jax.step import abstract_batch, compile_forward, make_forward
+from finetune_jax.step import abstract_batch, lower_forward, make_forward
 from finetune_jax.tasks import TASKS
 from finetune_jax.tree import Flat
 
@@ -70,7 +70,7 @@ class Forward:
         if self._compiled is None:
             batch = abstract_batch(self._batches[0], self._batches.rows, self._job.mesh)
             step = make_forward(self._job.task, self._job.parts)
-            self._compiled = compile_forward(step, weights, batch, self._job.mesh)
+            self._compiled = lower_forward(step, weights, batch, self._job.mesh).compile()
 
     def logits(
         self, weights: Flat, stop: Callable[[], bool] = lambda: False

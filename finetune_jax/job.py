@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -24,10 +25,12 @@ from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.models import bert, resnet
+from finetune_jax.models.layers import FLOAT32, Compute
+from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params
 from finetune_jax.state import ModelParts, initial_weights, split_model
 from finetune_jax.tasks import TASKS, Task
-from finetune_jax.tree import Flat
+from finetune_jax.tree import Flat, lookup, matches_any
 
 FAMILIES = {"bert": bert, "resnet": resnet}
 MODEL_DIRECTORY = "model"
@@ -62,13 +65,18 @@ class Job:
 
 
 def make_job(
-    task: Task, family: str, model_config: Any, config: MeshConfig, devices: Devices | None, dtype: str
+    task: Task,
+    family: str,
+    model_config: Any,
+    config: MeshConfig,
+    devices: Devices | None,
+    compute: Compute = FLOAT32,
 ) -> Job:
     """Trace the task's model and lay it out on a mesh; no weights are made."""
 
     def build(key: jax.Array) -> nnx.Module:
         model: Any = task.model_class
-        return model(model_config, task.num_labels, dtype=DTYPES[dtype], rngs=nnx.Rngs(key))
+        return model(model_config, task.num_labels, compute=compute, rngs=nnx.Rngs(key))
 
     parts, mesh = split_model(build), make_mesh(config, devices)
     rules = FAMILIES[family].SHARDING
@@ -114,11 +122,38 @@ def job_from_config(
     config: Config, checkpoint: Checkpoint | None, source: Source, devices: Devices | None = None
 ) -> Job:
     """The job that a recipe describes, on all devices or those given."""
+    model_config = parse_model(config.model, checkpoint)
+    task = task_from_config(config, checkpoint, model_config, source.labels)
+    family, compute = config.model.family, compute_of(config.model)
+    return make_job(task, family, model_config, config.mesh, devices, compute)
+
+
+def parse_model(config: ModelConfig, checkpoint: Checkpoint | None) -> Any:
+    """The model's own config: the checkpoint's fields, then those of the recipe."""
     where = "model.hf-config" if checkpoint is None else checkpoint.source
-    fields = {**(checkpoint.hf_config if checkpoint else {}), **config.model.hf_config}
-    model_config: Any = parse_config(config.model.family, fields, where)
-    values: dict[str, Any] = {"labels": source.labels}
-    kind = TASKS[config.task.name]
+    fields = {**(checkpoint.hf_config if checkpoint else {}), **config.hf_config}
+    return parse_config(config.family, fields, where)
+
+
+def compute_of(config: ModelConfig) -> Compute:
+    """How the model computes."""
+    return Compute(DTYPES[config.dtype], config.remat, config.scan_layers, config.batch_norm_groups)
+
+
+def task_from_config(
+    config: Config,
+    checkpoint: Checkpoint | None,
+    model_config: Any,
+    labels: tuple[str, ...] | None,
+    *,
+    reads: bool = True,
+) -> Task:
+    """The task that a recipe describes; one that `reads` no text, as for a plan, needs no tokenizer.
+
+    Raises:
+        UserError: There is no tokenizer, or none that fits the model.
+    """
+    values: dict[str, Any] = {"labels": labels}
     if config.model.family == "bert":
         limit = model_config.max_position_embeddings
         if config.data.max_length > limit:
@@ -126,7 +161,7 @@ def job_from_config(
                 f"data.max-length {config.data.max_length} is over the model's {limit} positions; lower it"
             )
         values |= {"max_length": config.data.max_length, "cache": cache_root(config.data) / "tokens"}
-        values["tokenizer"] = _tokenizer(config.model, checkpoint, model_config.vocab_size)
+        values["tokenizer"] = _tokenizer(config.model, checkpoint, model_config.vocab_size) if reads else None
     else:
         channels = model_config.num_channels
         values |= {
@@ -135,13 +170,11 @@ def job_from_config(
             "seed": config.seed,
         }
         values |= {"augmentation": config.data.image.augment, "batch_norm": config.model.batch_norm}
-    if source.labels is not None:
+    if labels is not None:
         values["label_smoothing"] = config.task.label_smoothing
     if config.task.name == "token_classification":
         values["all_pieces"] = config.task.label_pieces == "all"
-    return make_job(
-        kind(**values), config.model.family, model_config, config.mesh, devices, config.model.dtype
-    )
+    return TASKS[config.task.name](**values)
 
 
 def _tokenizer(config: ModelConfig, checkpoint: Checkpoint | None, vocab_size: int) -> Any:
@@ -166,6 +199,32 @@ def _processor(config: Config, checkpoint: Checkpoint | None, channels: int) -> 
         return ImageProcessor.from_config(image, channels)
     processor = ImageProcessor.from_hf(files.read_json(file), str(file))
     return processor.with_size(image.size) if image.override_size else processor
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """Which parameters an update moves, and how."""
+
+    is_frozen: dict[str, bool]
+    """Of every parameter; running averages are none."""
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+
+def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
+    """What the recipe says of freezing, learning rate, optimizer and weight decay.
+
+    Raises:
+        UserError: Nothing is left to train.
+    """
+    parameters = [path for path in job.parts.abstract if path not in job.parts.statistics]
+    is_frozen = matches_any(config.model.freeze, parameters)
+    trained = [path for path, frozen in is_frozen.items() if not frozen]
+    if not trained:
+        raise UserError(f"model.freeze {list(config.model.freeze)} leaves nothing to train")
+    schedule = make_schedule(config.optim, total_steps)
+    decay = lookup(FAMILIES[job.family].DECAY, trained, "weight-decay rule")
+    return Updates(is_frozen, schedule, make_optimizer(config.optim, schedule, decay))
 
 
 def pretrained_weights(
@@ -217,13 +276,13 @@ def open_model(
     path = Path(os.path.expandvars(model)).expanduser()
     run = is_run(path)
     checkpoint = open_checkpoint(str(path / MODEL_DIRECTORY) if run else os.path.expandvars(model))
-    dtype = "float32"
+    compute = FLOAT32
     if run:
         saved = load_saved(path / CONFIG_FILE)
-        max_length, dtype = max_length or saved.data.max_length, saved.model.dtype
+        max_length, compute = max_length or saved.data.max_length, compute_of(saved.model)
     task = _task_of(checkpoint, max_length)
     model_config = parse_config(checkpoint.family, checkpoint.hf_config, checkpoint.source)
-    job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, dtype)
+    job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, compute)
     if run:
         checkpoints = Checkpoints(path)
         places = job.shardings

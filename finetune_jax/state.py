@@ -112,6 +112,35 @@ def create_state(
     )
 
 
+def abstract_state(
+    parts: ModelParts,
+    shardings: Mapping[str, NamedSharding],
+    is_frozen: Mapping[str, bool],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    """Shapes, dtypes and places of what `create_state` makes, on devices that need not be here."""
+
+    def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    weights = {path: placed(leaf, shardings[path]) for path, leaf in parts.abstract.items()}
+    params = {p: w for p, w in weights.items() if p not in parts.statistics and not is_frozen[p]}
+    opt_state = jax.eval_shape(optimizer.init, params)
+    places = shard_like_params(opt_state, params, dict(shardings), mesh)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(
+        step=count,
+        params=params,
+        frozen={p: w for p, w in weights.items() if p not in parts.statistics and is_frozen[p]},
+        model_state={p: w for p, w in weights.items() if p in parts.statistics},
+        opt_state=jax.tree.map(placed, opt_state, places),
+        key=placed(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), replicated(mesh)),
+        skipped=count,
+        skipped_in_a_row=count,
+    )
+
+
 def parameter_table(state: TrainState) -> str:
     """Count of parameters by part of the model, trained and frozen, and the bytes of the optimizer's state."""
     rows: dict[str, list[int]] = {}

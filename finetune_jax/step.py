@@ -135,16 +135,12 @@ def abstract_batch(example: Mapping[str, Any], rows: int, mesh: Mesh) -> dict[st
     }
 
 
-def compile_train_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> Any:
-    """Ahead of time. The state is donated and comes back where it lay; sums are on every device."""
-    places = shardings_of(state)
-    return (
-        jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
-        .lower(state, batch)
-        .compile()
-    )
+def lower_train_step(step: Any, state: TrainState, batch: Any, mesh: Mesh) -> Any:
+    """Ready to compile, ahead of time. The state is donated and comes back where it lay; sums are on every device."""
+    places = (shardings_of(state), replicated(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=places).lower(state, batch)
 
 
-def compile_forward(forward: Any, weights: Flat, batch: Any, mesh: Mesh) -> Any:
-    """Ahead of time. Logits and sums are on every device, so that each host can score the whole split."""
-    return jax.jit(forward, out_shardings=replicated(mesh)).lower(weights, batch).compile()
+def lower_forward(forward: Any, weights: Flat, batch: Any, mesh: Mesh) -> Any:
+    """Ready to compile, ahead of time. Logits and sums are on every device, so that each host can score the whole split."""
+    return jax.jit(forward, out_shardings=replicated(mesh)).lower(weights, batch)

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from finetune_jax import metrics, runtime, signals
 from finetune_jax.checkpoint import CheckpointWriter, Progress
@@ -26,14 +25,20 @@ from finetune_jax.data.pipeline import Batches, Unreadable, device_batches, padd
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
-from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source, pretrained_weights
-from finetune_jax.optim import make_optimizer, make_schedule
+from finetune_jax.job import (
+    Job,
+    Updates,
+    job_from_config,
+    make_updates,
+    open_pretrained,
+    open_source,
+    pretrained_weights,
+)
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder, write_json
 from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
 from finetune_jax.state import TrainState, create_state, initial_weights, parameter_counts, parameter_table
-from finetune_jax.step import abstract_batch, compile_train_step, make_train_step
+from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
 from finetune_jax.tasks.base import resolve_class_weights
-from finetune_jax.tree import lookup, matches_any
 from finetune_jax.writers import Writer, say
 
 OF_ONE_HOST = ("data.path", "data.cache_dir", "data.threads")
@@ -98,8 +103,7 @@ class Setup:
     """Features by split."""
     batches: Batches
     total_steps: int
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    updates: Updates
     state: TrainState
     """Before the first update."""
     note: str
@@ -129,23 +133,13 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
     batches.steps = total_steps
 
-    family = FAMILIES[job.family]
     loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
     weights, shardings = initial_weights(job.parts, job.shardings, config.seed, loaded), job.shardings
-    is_frozen = matches_any(
-        config.model.freeze, [path for path in weights if path not in job.parts.statistics]
-    )
-    trained = [path for path, frozen in is_frozen.items() if not frozen]
-    if not trained:
-        raise UserError(f"model.freeze {list(config.model.freeze)} leaves nothing to train")
-    schedule = make_schedule(config.optim, total_steps)
-    optimizer = make_optimizer(config.optim, schedule, lookup(family.DECAY, trained, "weight-decay rule"))
+    updates = make_updates(config, job, total_steps)
     state = create_state(
-        weights, shardings, job.parts.statistics, is_frozen, optimizer, job.mesh, config.seed
+        weights, shardings, job.parts.statistics, updates.is_frozen, updates.optimizer, job.mesh, config.seed
     )
-    return Setup(
-        config, job, source, metric, examples, batches, total_steps, optimizer, schedule, state, note
-    )
+    return Setup(config, job, source, metric, examples, batches, total_steps, updates, state, note)
 
 
 def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -> dict[str, Any]:
@@ -169,12 +163,14 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
     # ----------------------------------------------------------------------------------------------------------------
     signals.phase("compiling")
     compiling = time.perf_counter()
-    train_step = compile_train_step(
-        make_train_step(job.task, job.parts, setup.optimizer, setup.schedule, config.train.accumulation),
+    train_step = lower_train_step(
+        make_train_step(
+            job.task, job.parts, setup.updates.optimizer, setup.updates.schedule, config.train.accumulation
+        ),
         state,
         abstract_batch(batches[0], batches.rows, job.mesh),
         job.mesh,
-    )
+    ).compile()
     size, data = config.evaluation.batch_size, config.data
     forwards = {
         split: Forward(job, examples, size, data.max_length, data.packing, data.threads, data.stall_seconds)

@@ -6,7 +6,6 @@ python -m tests.sharding_tables     writes them anew; look at the difference bef
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh
 
@@ -35,7 +34,7 @@ def table(name: str) -> str:
     """All meshes of a model, one under the other."""
     family, model, fields, labels = MODELS[name]
     config = parse_config(family, fields, name)
-    parts = split_model(lambda key: model(config, labels, dtype=jnp.float32, rngs=nnx.Rngs(key)))
+    parts = split_model(lambda key: model(config, labels, rngs=nnx.Rngs(key)))
     rules = {"bert": bert, "resnet": resnet}[family].SHARDING
     text = ""
     for sizes in MESHES:

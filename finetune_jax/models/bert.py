@@ -3,14 +3,25 @@
 Source: Devlin et al. 2018, arXiv:1810.04805; module and parameter names are those of transformers' BertModel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from finetune_jax.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, dropout
+from finetune_jax.models.layers import (
+    ACTIVATIONS,
+    FLOAT32,
+    Compute,
+    Embed,
+    LayerNorm,
+    Linear,
+    dropout,
+    rematerialised,
+)
 
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*/(query|key|value|intermediate/dense)/kernel", ("fsdp", "tensor")),
@@ -178,13 +189,13 @@ class Pooler(nnx.Module):
 class Bert(nnx.Module):
     """Embeddings and encoder; the pooler where the head needs one."""
 
-    def __init__(self, config: BertConfig, *, with_pooler: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, with_pooler: bool, compute: Compute, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, rngs)
-        self.encoder = Encoder(config, dtype, rngs)
+        self.encoder = Encoder(config, compute.dtype, rngs)
         if with_pooler:
-            self.pooler = Pooler(config, dtype, rngs)
+            self.pooler = Pooler(config, compute.dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
-        self.dtype = dtype
+        self.compute = compute
 
     def __call__(
         self,
@@ -196,22 +207,46 @@ class Bert(nnx.Module):
     ) -> jax.Array:
         embeddings_key, encoder_key = _split(key, 2)
         x_BxLxD = self.embeddings(input_ids_BxL, token_type_ids_BxL, position_ids_BxL)
-        x_BxLxD = dropout(x_BxLxD, self.dropout_rate, embeddings_key).astype(self.dtype)
+        x_BxLxD = dropout(x_BxLxD, self.dropout_rate, embeddings_key).astype(self.compute.dtype)
         # Padding is a segment too, so that no position is without one to look at: nothing reads what it computes.
         visible_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
-        for index, layer in enumerate(self.encoder.layer):
-            layer_key = None if encoder_key is None else jax.random.fold_in(encoder_key, index)
-            x_BxLxD = layer(x_BxLxD, visible_BxLxL[:, None], layer_key)
+        return self._through_layers(x_BxLxD, visible_BxLxL[:, None], encoder_key)
+
+    def _through_layers(
+        self, x_BxLxD: jax.Array, visible_Bx1xLxL: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """All layers, in a row of copies or in a loop, with the same dropout either way."""
+        graphdefs, weights = zip(*(nnx.split(layer) for layer in self.encoder.layer), strict=True)
+
+        def run(x_BxLxD: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+            weights, index = layer
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            return nnx.merge(graphdefs[0], weights)(x_BxLxD, visible_Bx1xLxL, layer_key), None
+
+        run = rematerialised(run, self.compute.remat, in_scan=self.compute.scan_layers)
+        if self.compute.scan_layers:
+            return jax.lax.scan(run, x_BxLxD, (self._stacked(weights), jnp.arange(len(weights))))[0]
+        for index, state in enumerate(weights):
+            x_BxLxD, _ = run(x_BxLxD, (state, jnp.asarray(index)))
         return x_BxLxD
+
+    def _stacked(self, weights: Sequence[nnx.State]) -> nnx.State:
+        """The weights of all layers, one beside the other; kernels as the products take them, which may be half the bytes."""
+
+        def stack(path: tuple[Any, ...], *leaves: jax.Array) -> jax.Array:
+            is_kernel = "kernel" in jax.tree_util.keystr(path)
+            return jnp.stack([leaf.astype(self.compute.dtype) if is_kernel else leaf for leaf in leaves])
+
+        return jax.tree_util.tree_map_with_path(stack, *weights)
 
 
 class _Classifier(nnx.Module):
     """An encoder, and a linear head after dropout; the head's product is float32."""
 
     def __init__(
-        self, config: BertConfig, num_labels: int, *, with_pooler: bool, dtype: DTypeLike, rngs: nnx.Rngs
+        self, config: BertConfig, num_labels: int, *, with_pooler: bool, compute: Compute, rngs: nnx.Rngs
     ):
-        self.bert = Bert(config, with_pooler=with_pooler, dtype=dtype, rngs=rngs)
+        self.bert = Bert(config, with_pooler=with_pooler, compute=compute, rngs=rngs)
         init = nnx.initializers.normal(config.initializer_range)
         self.classifier = Linear(config.hidden_size, num_labels, init, dtype=jnp.float32, rngs=rngs)
         own = config.classifier_dropout
@@ -221,10 +256,8 @@ class _Classifier(nnx.Module):
 class BertForSequenceClassification(_Classifier):
     """One row of logits for each segment."""
 
-    def __init__(
-        self, config: BertConfig, num_labels: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ):
-        super().__init__(config, num_labels, with_pooler=True, dtype=dtype, rngs=rngs)
+    def __init__(self, config: BertConfig, num_labels: int, *, compute: Compute = FLOAT32, rngs: nnx.Rngs):
+        super().__init__(config, num_labels, with_pooler=True, compute=compute, rngs=rngs)
 
     def __call__(
         self,
@@ -259,10 +292,8 @@ class BertForSequenceClassification(_Classifier):
 class BertForTokenClassification(_Classifier):
     """One row of logits for each token."""
 
-    def __init__(
-        self, config: BertConfig, num_labels: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ):
-        super().__init__(config, num_labels, with_pooler=False, dtype=dtype, rngs=rngs)
+    def __init__(self, config: BertConfig, num_labels: int, *, compute: Compute = FLOAT32, rngs: nnx.Rngs):
+        super().__init__(config, num_labels, with_pooler=False, compute=compute, rngs=rngs)
 
     def __call__(
         self,
@@ -281,3 +312,35 @@ class BertForTokenClassification(_Classifier):
 
 def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def products(
+    config: BertConfig, num_labels: int, rows: int, length: int, outputs: int
+) -> list[tuple[str | None, float]]:
+    """FLOPs of the forward pass's products in their order, each with the kernel it reads (None: two activations).
+
+    Args:
+        config: The network.
+        num_labels: Width of the logits.
+        rows: B
+        length: L
+        outputs: Positions with a row of logits: segments, or all tokens.
+    """
+    D, F, tokens = config.hidden_size, config.intermediate_size, rows * length
+    found: list[tuple[str | None, float]] = []
+    for index in range(config.num_hidden_layers):
+        layer = f"bert/encoder/layer/{index}"
+        found += [
+            (f"{layer}/attention/self/{name}/kernel", 2.0 * tokens * D * D)
+            for name in ("query", "key", "value")
+        ]
+        found += [
+            (None, 4.0 * tokens * length * D),
+            (f"{layer}/attention/output/dense/kernel", 2.0 * tokens * D * D),
+        ]
+        found += [
+            (f"{layer}/{name}/dense/kernel", 2.0 * tokens * D * F) for name in ("intermediate", "output")
+        ]
+    if outputs != tokens:
+        found.append(("bert/pooler/dense/kernel", 2.0 * outputs * D * D))
+    return [*found, ("classifier/kernel", 2.0 * outputs * D * num_labels)]

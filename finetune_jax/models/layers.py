@@ -2,12 +2,15 @@
 
 Parameters and statistics are float32. Kernels are [in, out], convolution kernels HWIO, images NHWC. Letters of shapes:
 B rows or images, L tokens, S segments, D hidden, E features out, N heads, H height (head size in attention),
-W width, C channels or classes.
+W width, C channels or classes, G groups of a batch.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,16 @@ from jax.typing import DTypeLike
 Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
 _tanh_gelu = partial(jax.nn.gelu, approximate=True)
-_erf_gelu = partial(jax.nn.gelu, approximate=False)
+
+
+def _erf_gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution's function, inside at least in float32 (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+
+    `jax.nn.gelu` takes erfc instead, in x's dtype, over which the TPU compiler sits four times as long.
+    """
+    x32 = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    return (0.5 * x32 * (1.0 + jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
+
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
     {
@@ -40,6 +52,36 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
     }
 )
 """HF's names of activations, each by HF's definition ("gelu" is the one with erf)."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes what its config says: none of it changes what a parameter means."""
+
+    dtype: DTypeLike = jnp.float32
+    """Of products and of what lies between layers. Parameters, LayerNorm, softmax and BatchNorm statistics are float32."""
+    remat: str = "none"
+    """What a layer or block keeps for the backward pass: none (keeps all), or a name of `REMAT`."""
+    scan_layers: bool = False
+    """BERT: one compiled layer that runs in a loop, instead of as many copies as there are layers."""
+    batch_norm_groups: int = 1
+    """ResNet: equal parts of a batch that are normalised apart."""
+
+
+FLOAT32 = Compute()
+
+REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
+    {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+)
+"""What a block keeps for the backward pass, by name: results of its dense layers, or its input only."""
+
+
+def rematerialised(function: Callable[..., Any], remat: str, *, in_scan: bool = False) -> Callable[..., Any]:
+    """The function, forgetting what the policy does not keep and computing it again for the gradient."""
+    if remat == "none":
+        return function
+    # Inside a loop the two computations cannot be merged into one, so that XLA needs no barrier between them.
+    return jax.checkpoint(function, policy=REMAT[remat], prevent_cse=not in_scan)
 
 
 class Linear(nnx.Module):
@@ -189,7 +231,9 @@ class BatchNorm(nnx.Module):
     momentum = 0.1
     epsilon = 1e-5
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, groups: int = 1):
+        """With several `groups` each of so many equal parts of a batch is normalised by its own statistics."""
+        self.groups = groups
         self.scale = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width))
         self.mean = nnx.BatchStat(jnp.zeros(width))
@@ -207,30 +251,37 @@ class BatchNorm(nnx.Module):
                 torch), instead of normalising with the averages and leaving them alone.
         """
         x_BxHxWxC = x_BxHxWxC.astype(jnp.float32)
-        if update_statistics:
-            mean_C, var_C = self._observe(x_BxHxWxC, weight_B)
-        else:
-            mean_C, var_C = self.mean[...], self.var[...]
-        scale_C = self.scale[...] * jax.lax.rsqrt(var_C + self.epsilon)
-        return (x_BxHxWxC - _as_rank(mean_C, 4)) * _as_rank(scale_C, 4) + _as_rank(self.bias[...], 4)
-
-    def _observe(self, x_BxHxWxC: jax.Array, weight_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        B, H, W, _ = x_BxHxWxC.shape
+        if not update_statistics:
+            return self._normalise(x_BxHxWxC, _as_rank(self.mean[...], 4), _as_rank(self.var[...], 4))
+        B, H, W, C = x_BxHxWxC.shape
+        groups = self.groups
         real_B = jnp.ones(B) if weight_B is None else (weight_B > 0).astype(jnp.float32)
-        real_Bx1x1x1 = real_B.reshape(B, 1, 1, 1)
-        count = jnp.sum(real_B) * float(H * W)
+        real_GxBx1x1x1 = real_B.reshape(groups, B // groups, 1, 1, 1)
+        x_GxBxHxWxC = x_BxHxWxC.reshape(groups, B // groups, H, W, C)
+        count_Gx1 = jnp.sum(real_GxBx1x1x1, axis=(1, 2, 3)) * float(H * W)
         # A micro-batch of padding only has count 0: it must neither divide by zero nor move the averages.
-        share = 1.0 / jnp.maximum(count, 1.0)
-        mean_C = jnp.sum(x_BxHxWxC * real_Bx1x1x1, axis=(0, 1, 2)) * share
+        share_Gx1 = 1.0 / jnp.maximum(count_Gx1, 1.0)
+        mean_GxC = jnp.sum(x_GxBxHxWxC * real_GxBx1x1x1, axis=(1, 2, 3)) * share_Gx1
+        mean_Gx1x1x1xC = mean_GxC[:, None, None, None]
         # Second pass, not E[x^2] - E[x]^2: that cancels where the mean is large against the deviation.
-        centred_BxHxWxC = (x_BxHxWxC - _as_rank(mean_C, 4)) * real_Bx1x1x1
-        var_C = jnp.sum(jnp.square(centred_BxHxWxC), axis=(0, 1, 2)) * share
-        momentum = jnp.where(count > 0, self.momentum, 0.0)
-        unbiased_C = var_C * (count / jnp.maximum(count - 1.0, 1.0))
-        for statistic, seen_C in ((self.mean, mean_C), (self.var, unbiased_C)):
+        centred_GxBxHxWxC = (x_GxBxHxWxC - mean_Gx1x1x1xC) * real_GxBx1x1x1
+        var_GxC = jnp.sum(jnp.square(centred_GxBxHxWxC), axis=(1, 2, 3)) * share_Gx1
+        self._move(mean_GxC, var_GxC * (count_Gx1 / jnp.maximum(count_Gx1 - 1.0, 1.0)), count_Gx1 > 0)
+        y_GxBxHxWxC = self._normalise(x_GxBxHxWxC, mean_Gx1x1x1xC, var_GxC[:, None, None, None])
+        return y_GxBxHxWxC.reshape(B, H, W, C)
+
+    def _normalise(self, x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
+        scale = _as_rank(self.scale[...], x.ndim) * jax.lax.rsqrt(var + self.epsilon)
+        return (x - mean) * scale + _as_rank(self.bias[...], x.ndim)
+
+    def _move(self, mean_GxC: jax.Array, var_GxC: jax.Array, seen_Gx1: jax.Array) -> None:
+        """The running averages towards the mean over those groups that hold a real image."""
+        groups = jnp.sum(seen_Gx1.astype(jnp.float32))
+        momentum = jnp.where(groups > 0, self.momentum, 0.0)
+        for statistic, new_GxC in ((self.mean, mean_GxC), (self.var, var_GxC)):
             old_C = statistic[...]
-            statistic[...] = old_C + momentum * (jax.lax.stop_gradient(seen_C) - old_C)
-        return mean_C, var_C
+            new_C = jnp.sum(jnp.where(seen_Gx1, new_GxC, 0.0), axis=0) / jnp.maximum(groups, 1.0)
+            statistic[...] = old_C + momentum * (jax.lax.stop_gradient(new_C) - old_C)
 
 
 def max_pool(x_BxHxWxC: jax.Array) -> jax.Array:

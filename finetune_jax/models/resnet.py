@@ -10,10 +10,18 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from finetune_jax.errors import UserError
-from finetune_jax.models.layers import ACTIVATIONS, BatchNorm, Conv, Linear, max_pool
+from finetune_jax.models.layers import (
+    ACTIVATIONS,
+    FLOAT32,
+    BatchNorm,
+    Compute,
+    Conv,
+    Linear,
+    max_pool,
+    rematerialised,
+)
 
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r".*/convolution/kernel", (None, None, None, "fsdp")),
@@ -57,12 +65,12 @@ class ConvLayer(nnx.Module):
     """Convolution, BatchNorm, activation."""
 
     def __init__(
-        self, c_in: int, c_out: int, size: int, stride: int, act: str, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self, c_in: int, c_out: int, size: int, stride: int, act: str, *, compute: Compute, rngs: nnx.Rngs
     ):
-        self.convolution = Conv(c_in, c_out, size, stride, _KAIMING, dtype=dtype, rngs=rngs)
-        self.normalization = BatchNorm(c_out)
+        self.convolution = Conv(c_in, c_out, size, stride, _KAIMING, dtype=compute.dtype, rngs=rngs)
+        self.normalization = BatchNorm(c_out, compute.batch_norm_groups)
         self.act = act
-        self.dtype = dtype
+        self.dtype = compute.dtype
 
     def __call__(
         self, x_BxHxWxC: jax.Array, weight_B: jax.Array | None, update_statistics: bool
@@ -76,7 +84,7 @@ class Block(nnx.Module):
     """A residual block: `layer` plus the shortcut, then the activation."""
 
     def __init__(
-        self, c_in: int, c_out: int, stride: int, config: ResNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self, c_in: int, c_out: int, stride: int, config: ResNetConfig, *, compute: Compute, rngs: nnx.Rngs
     ):
         if config.layer_type == "basic":
             # HF gives hidden_act to the end of a block only; inside it is relu in both kinds.
@@ -89,10 +97,10 @@ class Block(nnx.Module):
                 (narrow, narrow, 3, late, "relu"),
                 (narrow, c_out, 1, 1, "linear"),
             ]
-        self.layer = nnx.List([ConvLayer(*row, dtype=dtype, rngs=rngs) for row in rows])
+        self.layer = nnx.List([ConvLayer(*row, compute=compute, rngs=rngs) for row in rows])
         self.projects = c_in != c_out or stride != 1
         if self.projects:
-            self.shortcut = ConvLayer(c_in, c_out, 1, stride, "linear", dtype=dtype, rngs=rngs)
+            self.shortcut = ConvLayer(c_in, c_out, 1, stride, "linear", compute=compute, rngs=rngs)
         self.act = config.hidden_act
 
     def __call__(
@@ -117,32 +125,32 @@ class Stage(nnx.Module):
         depth: int,
         config: ResNetConfig,
         *,
-        dtype: DTypeLike,
+        compute: Compute,
         rngs: nnx.Rngs,
     ):
-        first = Block(c_in, c_out, stride, config, dtype=dtype, rngs=rngs)
-        rest = [Block(c_out, c_out, 1, config, dtype=dtype, rngs=rngs) for _ in range(depth - 1)]
+        first = Block(c_in, c_out, stride, config, compute=compute, rngs=rngs)
+        rest = [Block(c_out, c_out, 1, config, compute=compute, rngs=rngs) for _ in range(depth - 1)]
         self.layers = nnx.List([first, *rest])
 
 
 class Embedder(nnx.Module):
     """The 7x7 stem."""
 
-    def __init__(self, config: ResNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ResNetConfig, *, compute: Compute, rngs: nnx.Rngs):
         self.embedder = ConvLayer(
-            config.num_channels, config.embedding_size, 7, 2, config.hidden_act, dtype=dtype, rngs=rngs
+            config.num_channels, config.embedding_size, 7, 2, config.hidden_act, compute=compute, rngs=rngs
         )
 
 
 class Encoder(nnx.Module):
     """All stages."""
 
-    def __init__(self, config: ResNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ResNetConfig, *, compute: Compute, rngs: nnx.Rngs):
         widths = (config.embedding_size, *config.hidden_sizes)
         strides = (2 if config.downsample_in_first_stage else 1, *[2] * (len(config.depths) - 1))
         self.stages = nnx.List(
             [
-                Stage(c_in, c_out, stride, depth, config, dtype=dtype, rngs=rngs)
+                Stage(c_in, c_out, stride, depth, config, compute=compute, rngs=rngs)
                 for c_in, c_out, stride, depth in zip(
                     widths[:-1], widths[1:], strides, config.depths, strict=True
                 )
@@ -153,10 +161,11 @@ class Encoder(nnx.Module):
 class ResNet(nnx.Module):
     """Stem, stages, mean over positions."""
 
-    def __init__(self, config: ResNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.embedder = Embedder(config, dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ResNetConfig, *, compute: Compute, rngs: nnx.Rngs):
+        self.embedder = Embedder(config, compute=compute, rngs=rngs)
+        self.encoder = Encoder(config, compute=compute, rngs=rngs)
         self.num_channels = config.num_channels
+        self.compute = compute
 
     def __call__(
         self, pixel_values_BxHxWxC: jax.Array, weight_B: jax.Array | None, update_statistics: bool
@@ -165,20 +174,39 @@ class ResNet(nnx.Module):
             raise UserError(
                 f"images have {pixel_values_BxHxWxC.shape[-1]} channels, the model takes num_channels={self.num_channels}"
             )
+        groups = self.compute.batch_norm_groups
+        if update_statistics and len(pixel_values_BxHxWxC) % groups:
+            raise UserError(
+                f"model.batch-norm-groups {groups} does not divide a micro-batch of {len(pixel_values_BxHxWxC)} images"
+            )
         x_BxHxWxC = max_pool(self.embedder.embedder(pixel_values_BxHxWxC, weight_B, update_statistics))
         for stage in self.encoder.stages:
             for block in stage.layers:
-                x_BxHxWxC = block(x_BxHxWxC, weight_B, update_statistics)
+                x_BxHxWxC = self._through(block, x_BxHxWxC, weight_B, update_statistics)
         return jnp.mean(x_BxHxWxC.astype(jnp.float32), axis=(1, 2))
+
+    def _through(
+        self, block: Block, x_BxHxWxC: jax.Array, weight_B: jax.Array | None, update_statistics: bool
+    ) -> jax.Array:
+        """A block, as a pure function where the backward pass is to call it again."""
+        if self.compute.remat == "none":
+            return block(x_BxHxWxC, weight_B, update_statistics)
+        graphdef, weights = nnx.split(block)
+
+        def run(weights: nnx.State, x_BxHxWxC: jax.Array) -> tuple[jax.Array, nnx.State]:
+            copy = nnx.merge(graphdef, weights, copy=True)
+            return copy(x_BxHxWxC, weight_B, update_statistics), nnx.state(copy, nnx.BatchStat)
+
+        x_BxHxWxC, statistics = rematerialised(run, self.compute.remat)(weights, x_BxHxWxC)
+        nnx.update(block, statistics)
+        return x_BxHxWxC
 
 
 class ResNetForImageClassification(nnx.Module):
     """One row of logits for each image."""
 
-    def __init__(
-        self, config: ResNetConfig, num_labels: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ):
-        self.resnet = ResNet(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ResNetConfig, num_labels: int, *, compute: Compute = FLOAT32, rngs: nnx.Rngs):
+        self.resnet = ResNet(config, compute=compute, rngs=rngs)
         bound = 1 / math.sqrt(config.hidden_sizes[-1])
         self.classifier = Linear(
             config.hidden_sizes[-1],
@@ -211,3 +239,37 @@ class ResNetForImageClassification(nnx.Module):
 
 def _uniform(bound: float):
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def products(config: ResNetConfig, num_labels: int, images: int, size: int) -> list[tuple[str | None, float]]:
+    """FLOPs of the forward pass's products in their order, each with the kernel it reads; taps on padding do not count.
+
+    Args:
+        config: The network.
+        num_labels: Width of the logits.
+        images: B
+        size: Height and width of an image, pixels.
+    """
+    model = nnx.eval_shape(lambda: ResNetForImageClassification(config, num_labels, rngs=nnx.Rngs(0)))
+    found: list[tuple[str | None, float]] = []
+
+    def convolve(path: str, layer: ConvLayer, size: int) -> int:
+        kernel, stride = layer.convolution.kernel, layer.convolution.stride
+        width, _, c_in, c_out = kernel.shape
+        out = (size + 2 * (width // 2) - width) // stride + 1
+        places = [range(o * stride - width // 2, o * stride - width // 2 + width) for o in range(out)]
+        taps = sum(0 <= place < size for row in places for place in row)
+        found.append((f"{path}/convolution/kernel", 2.0 * images * taps * taps * c_in * c_out))
+        return out
+
+    resnet = model.resnet
+    size = convolve("resnet/embedder/embedder", resnet.embedder.embedder, size)
+    size = (size + 1) // 2
+    for number, stage in enumerate(resnet.encoder.stages):
+        for index, block in enumerate(stage.layers):
+            path, entered = f"resnet/encoder/stages/{number}/layers/{index}", size
+            if block.projects:
+                convolve(f"{path}/shortcut", block.shortcut, entered)
+            for place, layer in enumerate(block.layer):
+                size = convolve(f"{path}/layer/{place}", layer, size)
+    return [*found, ("classifier/kernel", 2.0 * images * config.hidden_sizes[-1] * num_labels)]

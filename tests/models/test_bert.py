@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax import tree
 from finetune_jax.models import bert
 from finetune_jax.models.bert import BertConfig, BertForSequenceClassification, BertForTokenClassification
+from finetune_jax.models.layers import Compute
 
 TOLERANCE = 1e-5
 HEADS = {
@@ -246,10 +248,51 @@ def test_dropout_key_decides_and_none_is_deterministic(random_port):
     assert np.abs(first - second).max() > 1e-3
 
 
+def products_in(jaxpr):
+    """Matrix products of a program, those of its inner programs included, a loop's as often as it runs."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "dot_general"
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        count += times * sum(map(products_in, jaxprs_in_params(equation.params)))
+    return count
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        Compute(remat="full"),
+        Compute(remat="dots"),
+        Compute(scan_layers=True),
+        Compute("float32", "full", True),
+    ],
+    ids=["full", "dots", "scan", "scan full"],
+)
+def test_a_layer_computed_again_or_in_a_loop_is_the_same_layer(random_port, compute):
+    config, inputs = BertConfig(**{**TINY, "num_hidden_layers": 3}), batch(60, 2)
+    results, counts = [], []
+    for how in (Compute(), compute):
+        port = random_port(BertForSequenceClassification, config, 3, compute=how)
+
+        def loss(params, port=port):
+            logits = ours(port.model(params), *inputs, jax.random.key(3))
+            return jnp.sum(jnp.sin(logits)), logits
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        results.append(jax.jit(gradient)(port.params))
+        counts.append(products_in(jax.make_jaxpr(gradient)(port.params).jaxpr))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(other, one, atol=2e-6, rtol=2e-6)
+    # Six products a layer besides the two of attention; "dots" keeps the six, "full" not even those. What is not
+    # needed for any gradient is not computed again: the last product's result.
+    low, high = {"none": (0, 0), "dots": (1, 3 * 2), "full": (3 * 6, 3 * 8)}[compute.remat]
+    assert low <= counts[1] - counts[0] <= high, counts
+
+
 def test_bfloat16_is_close_and_parameters_stay_float32(port):
     oracle = hf_model(transformers.BertForSequenceClassification, 3)
     inputs = batch(60, 2)
-    half = port(oracle, BertForSequenceClassification, 3, dtype=jnp.bfloat16)
+    half = port(oracle, BertForSequenceClassification, 3, compute=Compute(dtype=jnp.bfloat16))
 
     def loss(params):
         logits = ours(half.model(params), *inputs)

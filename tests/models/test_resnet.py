@@ -13,6 +13,7 @@ from flax import nnx
 from finetune_jax import tree
 from finetune_jax.errors import UserError
 from finetune_jax.models import resnet
+from finetune_jax.models.layers import Compute
 from finetune_jax.models.resnet import ResNetConfig, ResNetForImageClassification
 
 TOLERANCE = 1e-4
@@ -136,10 +137,50 @@ def test_images_that_fill_a_batch_count_nothing(random_port):
             np.testing.assert_allclose(ours[path], value, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_a_block_computed_again_is_the_same_block(random_port, remat):
+    config, pixels, pull = ResNetConfig(**TINY), images((32, 32), 3), np.ones((4, 5), np.float32) / 20
+    results = []
+    for compute in (Compute(), Compute(remat=remat)):
+        port = random_port(ResNetForImageClassification, config, 5, compute=compute)
+        results.append(with_gradients(port, pull, update_statistics=True)(port.params, port.stats, pixels))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(other, one, atol=2e-6, rtol=2e-6)
+    port = random_port(ResNetForImageClassification, config, 5, compute=Compute(remat=remat))
+    forward = lambda params, stats: port.model(params, stats)(pixels, update_statistics=True)  # noqa: E731
+    program = jax.make_jaxpr(forward)(port.params, port.stats)
+    assert str(program).count("checkpoint[") + str(program).count("remat2[") == 2, "one a block"
+
+
+def test_groups_are_normalised_apart(random_port):
+    """Of two equal halves each is what it is alone; the averages move towards the mean of what both see."""
+    config = ResNetConfig(**{**TINY, "hidden_sizes": (8,), "depths": (1,)})
+    pixels = images((32, 32), 3, count=8)
+    whole, parted = (
+        random_port(ResNetForImageClassification, config, 5, compute=Compute(batch_norm_groups=groups))
+        for groups in (1, 2)
+    )
+    halves = [
+        with_gradients(whole, np.ones((4, 5), np.float32), update_statistics=True)(
+            whole.params, whole.stats, half
+        )
+        for half in (pixels[:4], pixels[4:])
+    ]
+    run = with_gradients(parted, np.ones((8, 5), np.float32), update_statistics=True)
+    gradients, (logits, stats) = run(parted.params, parted.stats, pixels)
+    np.testing.assert_allclose(logits, np.concatenate([half[1][0] for half in halves]), atol=1e-5, rtol=0)
+    for path, value in gradients.items():
+        np.testing.assert_allclose(value, halves[0][0][path] + halves[1][0][path], atol=1e-4, rtol=1e-4)
+    for path, value in stats.items():
+        np.testing.assert_allclose(value, (halves[0][1][1][path] + halves[1][1][1][path]) / 2, rtol=1e-5)
+    with pytest.raises(UserError, match="batch-norm-groups 2 does not divide a micro-batch of 3 images"):
+        parted.model()(pixels[:3], update_statistics=True)
+
+
 def test_bfloat16_is_close_and_statistics_stay_float32(random_port):
     config, pixels = ResNetConfig(**TINY), images((32, 32), 3)
     whole = random_port(ResNetForImageClassification, config, 5)
-    half = random_port(ResNetForImageClassification, config, 5, dtype=jnp.bfloat16)
+    half = random_port(ResNetForImageClassification, config, 5, compute=Compute(dtype=jnp.bfloat16))
     runs = [
         with_gradients(port, np.ones((4, 5), np.float32), update_statistics=True) for port in (whole, half)
     ]

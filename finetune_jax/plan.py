@@ -1,0 +1,466 @@
+"""What a recipe would take on machines that are not here: its real train and evaluation step, compiled for them.
+
+Memory, FLOPs, bytes and collectives are the compiler's; times are bounds from below, from published peak rates.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax.config import Config, validate
+from finetune_jax.data.pipeline import Batches, Examples, ImageExamples, evaluation_shape, train_shape
+from finetune_jax.data.sources import cache_root
+from finetune_jax.data.text import TextFeatures
+from finetune_jax.errors import UserError
+from finetune_jax.hlo import Program, read_program
+from finetune_jax.job import (
+    FAMILIES,
+    Job,
+    Updates,
+    compute_of,
+    make_job,
+    make_updates,
+    open_pretrained,
+    open_source,
+    parse_model,
+    task_from_config,
+)
+from finetune_jax.sharding import batch_parts, bytes_a_device
+from finetune_jax.state import TrainState, abstract_state
+from finetune_jax.step import abstract_batch, lower_forward, lower_train_step, make_forward, make_train_step
+from finetune_jax.targets import Target, compiler_version, devices_of, parse_target
+from finetune_jax.tasks import Task
+
+PLANS = "plans"
+"""Folder of the cache: what was read of programs that were compiled before."""
+PLANS_VERSION = 1
+CLOSE = 0.03
+"""The largest batch is searched to within this share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What the data would say, where they are not here."""
+
+    examples: int
+    """Of the training split."""
+    tokens: int
+    """Word pieces of an example; of images ignored."""
+    labels: int
+    """Classes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device at the fullest moment of a train step."""
+
+    parameters: int
+    """Trained and frozen weights, and running averages."""
+    optimizer: int
+    """Its state, and counters."""
+    batch: int
+    """The rows of one step."""
+    gradients: int
+    """One float32 for each trained parameter: all are there at once, for their norm."""
+    activations: int
+    """All that the compiler needs besides: kept for the backward pass, and work space."""
+    code: int
+    """The program."""
+    capacity: int
+    """What there is."""
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimizer + self.batch + self.gradients + self.activations + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A recipe on a target."""
+
+    target: Target
+    config: Config
+    mesh: dict[str, int]
+    examples: float
+    """A step, on average."""
+    rows: int
+    """Of a batch, over all devices."""
+    filled: int
+    """Rows of them that the batch needs; the others only make it divide by the devices."""
+    length: int
+    """Of a row: word pieces; 1 of images."""
+    steps: int
+    """Of the whole run."""
+    over: int
+    """Bytes that are missing on a device; 0 where it fits."""
+    memory: Memory | None
+    """None where the compiler gave up for want of memory."""
+    program: Program | None
+    minimum_flops: float
+    """Of one device and step: the products that the gradient needs, by the model's formulas."""
+    evaluation_over: int
+    """As `over`, of the evaluation step."""
+    compile_seconds: float
+    compiler: str
+
+    @property
+    def fits(self) -> bool:
+        """Training and evaluation both."""
+        return not self.over and not self.evaluation_over
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds a step at least, by what takes them: none can be faster than the slowest."""
+        assert self.program is not None
+        machine, program = self.target.machine, self.program
+        peak = machine.flops if self.config.model.dtype == "bfloat16" else machine.flops_float32
+        near = sum(c.sent for c in program.collectives if c.group <= self.target.neighbours)
+        far = sum(c.sent for c in program.collectives if c.group > self.target.neighbours)
+        return {
+            "matrix products": program.flops / peak,
+            "memory": program.bytes / machine.bandwidth,
+            "links": near / machine.link,
+            "network": far / machine.network,
+        }
+
+
+def plan(
+    config: Config,
+    targets: Sequence[str],
+    batch_size: int | str | None = None,
+    workload: Workload | None = None,
+) -> list[tuple[Estimate, list[tuple[str, Estimate]]]]:
+    """A recipe on each target, and of one that does not fit, what was tried to make it.
+
+    Args:
+        config: The recipe.
+        targets: Such as v5e:4x4, v5e:4x4:2 or h100:8.
+        batch_size: Instead of the recipe's; auto finds the largest that fits.
+        workload: Instead of the recipe's data.
+
+    Raises:
+        UserError: An unknown target, a missing compiler, a mesh or batch that does not divide.
+    """
+    if not targets:
+        raise UserError("plan needs a --target, such as v5e:4x4 or h100:8")
+    machines = [(target, devices_of(target)) for target in map(parse_target, targets)]
+    if isinstance(batch_size, int):
+        config = _with(config, "train.batch_size", batch_size)
+    subject = Subject.open(validate(config), workload)
+    found = []
+    for target, devices in machines:
+        estimate = (
+            subject.largest(target, devices)
+            if batch_size == "auto"
+            else subject.estimate(config, target, devices)
+        )
+        found.append((estimate, [] if estimate.fits else subject.rescue(config, target, devices)))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A recipe with its data, to be compiled again and again as its knobs change."""
+
+    config: Config
+    task: Task
+    model_config: Any
+    data: Examples
+    count: int
+    """Training examples."""
+    cache: Path
+
+    @classmethod
+    def open(cls, config: Config, workload: Workload | None) -> "Subject":
+        """The recipe's own data, opened as training would; or a stand-in of the same size."""
+        checkpoint = open_pretrained(config.model)
+        model_config = parse_model(config.model, checkpoint)
+        cache = cache_root(config.data) / PLANS
+        if workload is None:
+            source = open_source(config, checkpoint)
+            if "train" not in source.splits:
+                raise UserError("data.train names no split; give --examples, --tokens and --labels instead")
+            task = task_from_config(config, checkpoint, model_config, source.labels)
+            data = task.examples(source.splits["train"], train=True, cache_key=(source.fingerprint, "train"))
+            return cls(config, task, model_config, data, len(data), cache)
+        regression = config.task.name == "sequence_regression"
+        labels = None if regression else tuple(str(index) for index in range(workload.labels))
+        task = task_from_config(config, checkpoint, model_config, labels, reads=False)
+        return cls(config, task, model_config, _stand_in(config, task, workload), workload.examples, cache)
+
+    def estimate(self, config: Config, target: Target, devices: list[Any]) -> Estimate:
+        """The recipe, as it is or with other knobs, compiled for a target."""
+        task = dataclasses.replace(self.task)
+        job = make_job(
+            task, config.model.family, self.model_config, config.mesh, devices, compute_of(config.model)
+        )
+        parts = batch_parts(job.mesh) * config.train.accumulation
+        packing, longest = config.data.packing, config.data.max_length
+        shape = train_shape(self.data, config.train.batch_size, longest, packing, parts)
+        batches = Batches(self.data, shape, config.seed, packing, parts=parts)
+        steps = config.train.steps or math.ceil(
+            self.count / len(self.data) * batches.epochs.steps(config.train.epochs)
+        )
+        updates = make_updates(config, job, steps)
+        state = abstract_state(job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh)
+        batch = abstract_batch(_one_row(batches), batches.rows, job.mesh)
+        step = make_train_step(
+            task, job.parts, updates.optimizer, updates.schedule, config.train.accumulation
+        )
+        trained = self._compile(lower_train_step(step, state, batch, job.mesh), target, job)
+
+        shape = evaluation_shape(self.data, config.evaluation.batch_size, longest, packing)
+        tested = Batches(self.data, shape, None, packing, parts=batch_parts(job.mesh))
+        rows = abstract_batch(_one_row(tested), tested.rows, job.mesh)
+        evaluated = self._compile(
+            lower_forward(make_forward(task, job.parts), state.weights, rows, job.mesh), target, job
+        )
+
+        capacity = trained.get("capacity") or int(target.machine.memory)
+        memory = None if "sizes" not in trained else _memory(trained["sizes"], state, batch, capacity)
+        return Estimate(
+            target=target,
+            config=config,
+            mesh=dict(job.mesh.shape),
+            examples=len(self.data) * batches.epochs.steps(1.0)
+            and len(self.data) / batches.epochs.steps(1.0),
+            rows=batches.rows,
+            filled=batches.shape.rows,
+            length=batches.shape.length,
+            steps=steps,
+            over=trained["over"] if memory is None else max(0, memory.peak - capacity),
+            memory=memory,
+            program=_program(trained),
+            minimum_flops=self._minimum(job, updates, batches) / job.mesh.size,
+            evaluation_over=evaluated["over"],
+            compile_seconds=trained["seconds"] + evaluated["seconds"],
+            compiler=compiler_version(target),
+        )
+
+    def largest(self, target: Target, devices: list[Any]) -> Estimate:
+        """The largest batch that fits, to within a few per cent.
+
+        Raises:
+            UserError: Not even the smallest does.
+        """
+        mesh = make_job(
+            self.task, self.config.model.family, self.model_config, self.config.mesh, devices
+        ).mesh
+        unit = batch_parts(mesh) * self.config.train.accumulation
+        tried: dict[int, Estimate] = {}
+
+        def fits(units: int) -> bool:
+            config = _with(self.config, "train.batch_size", units * unit)
+            tried[units] = self.estimate(config, target, devices)
+            return tried[units].fits
+
+        best = largest_that(fits, max(1, round(self.config.train.batch_size / unit)))
+        if not best:
+            raise UserError(
+                f"{target}: not even a batch of {unit} fits; set --mesh.fsdp, --model.remat or a larger target"
+            )
+        return tried[best]
+
+    def rescue(self, config: Config, target: Target, devices: list[Any]) -> list[tuple[str, Estimate]]:
+        """Each knob that saves memory, turned alone, and then with those before it until all fits."""
+        chips = len(devices)
+        knobs: list[tuple[str, str, Any]] = []
+        if config.model.dtype == "float32":
+            knobs.append(("--model.dtype bfloat16", "model.dtype", "bfloat16"))
+        if config.model.remat != "full":
+            knobs.append(("--model.remat full", "model.remat", "full"))
+        if config.mesh.fsdp == 1 and config.mesh.data == -1 and chips > config.mesh.tensor:
+            knobs.append(
+                (f"--mesh.fsdp {chips // config.mesh.tensor}", "mesh.fsdp", chips // config.mesh.tensor)
+            )
+        halves = config.train.accumulation * 2
+        while config.train.batch_size % halves == 0 and halves <= 64 * config.train.accumulation:
+            knobs.append((f"--train.accumulation {halves}", "train.accumulation", halves))
+            halves *= 2
+        tried: list[tuple[str, Estimate]] = []
+        together, words = config, []
+        for word, path, value in knobs:
+            together = _with(together, path, value)
+            words = [w for w in words if w.split()[0] != word.split()[0]] + [word]
+            try:
+                tried.append((" ".join(words), self.estimate(together, target, devices)))
+            except UserError:  # micro-batches that no longer divide by the devices
+                break
+            if tried[-1][1].fits:
+                break
+        return tried
+
+    def _minimum(self, job: Job, updates: Updates, batches: Batches) -> float:
+        rows, length = batches.rows, batches.shape.length
+        if job.family == "bert":
+            tokens = job.task.architecture.endswith("TokenClassification")
+            outputs = rows * (length if tokens else batches.shape.segments)
+            sizes = (rows, length, outputs)
+        else:
+            task: Any = job.task
+            sizes = (rows, task.processor.size)
+        products = FAMILIES[job.family].products(self.model_config, job.task.num_labels, *sizes)
+        return minimum_flops(products, {path for path, frozen in updates.is_frozen.items() if not frozen})
+
+    def _compile(self, lowered: Any, target: Target, job: Job) -> dict[str, Any]:
+        """What a program needs and does, as JSON values; kept, by the program's text and the compiler's version."""
+        key = (PLANS_VERSION, str(target), compiler_version(target), jax.__version__, lowered.as_text())
+        file = self.cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        since = time.perf_counter()
+        found: dict[str, Any] = {"over": 0}
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            found |= out_of_memory(str(error))
+        else:
+            sizes = compiled.memory_analysis()
+            found["sizes"] = {
+                name: int(getattr(sizes, f"{name}_size_in_bytes"))
+                for name in ("argument", "output", "alias", "temp", "generated_code")
+            }
+            peak = sum(found["sizes"].values()) - 2 * found["sizes"]["alias"]
+            found["over"] = max(0, peak - int(target.machine.memory))
+            program = read_program(compiled.as_text(), dict(job.mesh.shape))
+            found["program"] = dataclasses.asdict(program)
+        found["seconds"] = time.perf_counter() - since
+        self.cache.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{time.time_ns()}")
+        draft.write_text(json.dumps(found), encoding="utf-8")
+        draft.rename(file)
+        return found
+
+
+def largest_that(fits: Callable[[int], bool], start: int) -> int:
+    """The largest number for which `fits` holds, to within `CLOSE`; 0 where not even 1 does."""
+    low, high = 0, 0
+    while not high:
+        if fits(start):
+            low, start = start, start * 2
+        else:
+            high = start
+    while not low and high > 1:
+        if fits(high // 2):
+            low = high // 2
+        else:
+            high //= 2
+    while low and high - low > max(1, CLOSE * low):
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def minimum_flops(products: Sequence[tuple[str | None, float]], trained: set[str]) -> float:
+    """FLOPs that the gradient needs: each product forward, again for its kernel where that is trained, and again for
+    its input (both inputs, where it reads no kernel) where anything before it is."""
+    kernels = {kernel for kernel, _ in products}
+    below = any(path not in kernels and path.endswith(("embedding", "scale", "bias")) for path in trained)
+    total = 0.0
+    for kernel, flops in products:
+        learns = kernel in trained
+        total += flops * (1 + learns + below * (2 if kernel is None else 1))
+        below = below or learns
+    return total
+
+
+def out_of_memory(message: str) -> dict[str, Any]:
+    """Bytes that were missing, from the compiler's words.
+
+    Raises:
+        UserError: It failed for another reason.
+    """
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if used is None:
+        raise UserError(f"the compiler refuses the step: {message.splitlines()[0][:300]}")
+    need, there = (float(used[i]) * units[used[i + 1]] for i in (1, 3))
+    return {"over": int(need - there), "capacity": int(there)}
+
+
+def _program(found: dict[str, Any]) -> Program | None:
+    if "program" not in found:
+        return None
+    from finetune_jax.hlo import Collective
+
+    values = found["program"]
+    return Program(
+        values["flops"], values["bytes"], tuple(Collective(**each) for each in values["collectives"])
+    )
+
+
+def _memory(sizes: dict[str, int], state: TrainState, batch: Any, capacity: int) -> Memory:
+    """The compiler's total, shared out: what lies in arguments by its shapes, the rest as said in `Memory`."""
+    weights, rows = bytes_a_device(state.weights)[1], bytes_a_device(batch)[1]
+    gradients = min(bytes_a_device(state.params)[1], sizes["temp"])
+    fresh = sizes["output"] - sizes["alias"]
+    return Memory(
+        parameters=weights,
+        optimizer=sizes["argument"] - weights - rows,
+        batch=rows,
+        gradients=gradients,
+        activations=sizes["temp"] - gradients + fresh,
+        code=sizes["generated_code"],
+        capacity=capacity,
+    )
+
+
+def _one_row(batches: Batches) -> dict[str, np.ndarray]:
+    """The first row of the first batch: all that a batch's shape and dtypes are known from."""
+    first = batches.placement(0).rows_of(np.zeros(1, int))
+    return batches.examples.assemble(first, dataclasses.replace(batches.shape, rows=1), None)
+
+
+def _with(config: Config, path: str, value: Any) -> Config:
+    room, name = path.split(".")
+    return validate(
+        dataclasses.replace(config, **{room: dataclasses.replace(getattr(config, room), **{name: value})})
+    )
+
+
+class _Blank:
+    """So many black images."""
+
+    def __init__(self, count: int, size: int, channels: int) -> None:
+        self._count, self._record = count, {"image": np.zeros((size, size, channels), np.uint8), "label": 0}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self._record for _ in indices]
+
+
+def _stand_in(config: Config, task: Any, workload: Workload) -> Examples:
+    """Examples of the workload's size, all alike; at most a million of them, for more change no shape."""
+    count = min(workload.examples, 10**6)
+    if config.model.family == "resnet":
+        size = task.processor.size
+        return ImageExamples(_Blank(count, size, task.channels), task.processor, task.channels, "none", 0)
+    length = min(workload.tokens, config.data.max_length)
+    pieces = np.broadcast_to(np.int32(1), (count * length,))
+    tags = config.task.name == "token_classification"
+    kind = np.float32 if config.task.name == "sequence_regression" else np.int32
+    return TextFeatures(
+        input_ids=pieces,
+        token_type_ids=np.broadcast_to(np.uint8(0), pieces.shape),
+        offsets=np.arange(count + 1, dtype=np.int64) * length,
+        example_ids=np.arange(count, dtype=np.int32),
+        labels=pieces if tags else np.zeros(count, kind),
+        words=pieces if tags else np.zeros(0, np.int32),
+        word_offsets=np.arange(count + 1, dtype=np.int64) * length if tags else np.zeros(0, np.int32),
+        cut=np.asarray(0, np.int64),
+    )
