@@ -32,6 +32,7 @@ _FREE = frozenset(
 )
 """Operations that move no bytes."""
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+BETWEEN_SLICES = "data between slices"
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -87,7 +88,8 @@ class Collective:
     kind: str
     """all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute."""
     axes: str
-    """Mesh axes it runs over, such as data or data+fsdp; other where no set of axes fits."""
+    """Mesh axes it runs over, such as data or data+fsdp; `part of data` where a group is smaller than the axes, and
+    `BETWEEN_SLICES`."""
     group: int
     """Devices that talk to each other."""
     count: int
@@ -113,15 +115,16 @@ class Program:
     collectives: tuple[Collective, ...]
 
 
-def read_program(text: str, axes: Mapping[str, int]) -> Program:
+def read_program(text: str, axes: Mapping[str, int], slices: int = 1) -> Program:
     """Figures of a compiled program.
 
     Args:
         text: What `compiled.as_text()` gives.
         axes: Sizes of the mesh's axes, in order; device n of the program is number n of the mesh.
+        slices: Of TPUs, that talk over the data center's network.
     """
     computations, entry = parse(text)
-    walk = _Walk(computations, axes)
+    walk = _Walk(computations, axes, slices)
     walk.visit(entry, 1)
     found = [
         Collective(*key, count=count, bytes=size) for key, (count, size) in sorted(walk.collectives.items())
@@ -177,8 +180,8 @@ def _closing(line: str, opening: int) -> int:
 class _Walk:
     """Adds up what the computations do, each as often as it runs."""
 
-    def __init__(self, computations: Mapping[str, Computation], axes: Mapping[str, int]) -> None:
-        self.computations, self.axes = computations, axes
+    def __init__(self, computations: Mapping[str, Computation], axes: Mapping[str, int], slices: int) -> None:
+        self.computations, self.axes, self.slices = computations, axes, slices
         self.flops = self.bytes = 0.0
         self.collectives: dict[tuple[str, str, int], tuple[int, int]] = {}
 
@@ -192,6 +195,10 @@ class _Walk:
             # A TPU program repeats an asynchronous collective in each kernel that it passes through.
             if _kind(opcode) and (starts or not fused):
                 self._communicate(instruction, inside, times)
+            between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+            if opcode == "send" and between:
+                size = sum(a.bytes for n in instruction.operands if n in inside for a in inside[n].arrays)
+                self._add(between[1].lower().replace("_", "-"), BETWEEN_SLICES, self.slices, times, size)
             if not fused:
                 self.bytes += times * self._moved(instruction, inside)
             if opcode == "while":
@@ -281,20 +288,24 @@ class _Walk:
         group = _group(instruction.attributes, math.prod(self.axes.values()))
         if len(group) < 2:
             return
-        key = (str(kind), self._axes_of(group), len(group))
-        count, total = self.collectives.get(key, (0, 0))
-        self.collectives[key] = (count + times, total + times * size)
+        self._add(str(kind), self._axes_of(group), len(group), times, size)
+
+    def _add(self, kind: str, axes: str, group: int, times: int, size: int) -> None:
+        count, total = self.collectives.get((kind, axes, group), (0, 0))
+        self.collectives[kind, axes, group] = (count + times, total + times * size)
 
     def _axes_of(self, group: frozenset[int]) -> str:
-        """Names of the axes along which the members of device 0's group differ."""
+        """Names of the axes along which the members of device 0's group differ: the fewest that hold them all."""
         numbers = np.arange(math.prod(self.axes.values())).reshape(tuple(self.axes.values()))
         split = [index for index, size in enumerate(self.axes.values()) if size > 1]
         for count in range(1, len(split) + 1):
             for chosen in itertools.combinations(split, count):
                 index = tuple(slice(None) if axis in chosen else 0 for axis in range(numbers.ndim))
-                if group == frozenset(numbers[index].reshape(-1).tolist()):
-                    return "+".join(list(self.axes)[axis] for axis in chosen)
-        return "other"
+                along = frozenset(numbers[index].reshape(-1).tolist())
+                if group <= along:
+                    names = "+".join(list(self.axes)[axis] for axis in chosen)
+                    return names if group == along else f"part of {names}"
+        return "none"
 
 
 def _main(arrays: Sequence[Array]) -> int:
@@ -319,20 +330,15 @@ def _kind(opcode: str) -> str | None:
 
 def _group(attributes: str, devices: int) -> frozenset[int]:
     """Devices that device 0 talks to, itself included, from any of XLA's three notations."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        chosen = re.findall(r"'([^']+)'", mesh[2])
-        index = tuple(slice(None) if name in chosen else 0 for name in sizes)
-        return frozenset(np.asarray(numbers[index]).reshape(-1).tolist())
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+        order = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(sizes.values()))
+        index = tuple(slice(None) if f"'{name}'" in mesh[3].split(",") else 0 for name in sizes)
+        return frozenset(np.asarray(order.reshape(tuple(sizes.values()))[index]).reshape(-1).tolist())
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
-        shape, source = ([int(n) for n in iota[i].split(",")] for i in (1, 2))
-        numbers = np.arange(math.prod(source)).reshape(source)
-        if iota[3]:
-            numbers = numbers.transpose([int(n) for n in iota[3].split(",")])
-        groups = numbers.reshape(shape).tolist()
+        groups = _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")]).tolist()
         return next(frozenset(group) for group in groups if 0 in group)
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
     if listed:
@@ -340,6 +346,17 @@ def _group(attributes: str, devices: int) -> frozenset[int]:
         return next(frozenset(group) for group in found if 0 in group)
     pairs = re.findall(r"\{(\d+),(\d+)\}", attributes.partition("source_target_pairs=")[2])
     return frozenset({0, 1}) if pairs else frozenset(range(devices))
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: 0 to 7 as two rows of four, transposed."""
+    shape, _, order = text.partition("T")
+    numbers = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return numbers.transpose(_numbers(order)) if order else numbers
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, o
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
-from finetune_jax.sharding import Devices, Placement, make_mesh, place_params
+from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
 from finetune_jax.state import ModelParts, initial_weights, split_model
 from finetune_jax.tasks import TASKS, Task
 from finetune_jax.tree import Flat, lookup, matches_any
@@ -74,11 +74,15 @@ def make_job(
 ) -> Job:
     """Trace the task's model and lay it out on a mesh; no weights are made."""
 
+    mesh = make_mesh(config, devices)
+    if mesh.shape["fsdp"] > 1:
+        compute = dataclasses.replace(compute, split_rows=split_rows(mesh))
+
     def build(key: jax.Array) -> nnx.Module:
         model: Any = task.model_class
         return model(model_config, task.num_labels, compute=compute, rngs=nnx.Rngs(key))
 
-    parts, mesh = split_model(build), make_mesh(config, devices)
+    parts = split_model(build)
     rules = FAMILIES[family].SHARDING
     placements = place_params(rules, parts.abstract, mesh, config.smallest_split)
     return Job(task, family, model_config, parts, mesh, placements)

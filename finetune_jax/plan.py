@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from finetune_jax.data.pipeline import Batches, Examples, ImageExamples, evaluat
 from finetune_jax.data.sources import cache_root
 from finetune_jax.data.text import TextFeatures
 from finetune_jax.errors import UserError
-from finetune_jax.hlo import Program, read_program
+from finetune_jax.hlo import BETWEEN_SLICES, Collective, Program, read_program
 from finetune_jax.job import (
     FAMILIES,
     Job,
@@ -66,13 +66,15 @@ class Memory:
     parameters: int
     """Trained and frozen weights, and running averages."""
     optimizer: int
-    """Its state, and counters."""
+    """Its state."""
     batch: int
     """The rows of one step."""
     gradients: int
     """One float32 for each trained parameter: all are there at once, for their norm."""
     activations: int
     """All that the compiler needs besides: kept for the backward pass, and work space."""
+    padding: int
+    """What the device's tiles add to the arguments."""
     code: int
     """The program."""
     capacity: int
@@ -81,7 +83,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.parameters + self.optimizer + self.batch + self.gradients + self.activations + self.code
+        return sum(dataclasses.astuple(self)) - self.capacity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Estimate:
     memory: Memory | None
     """None where the compiler gave up for want of memory."""
     program: Program | None
+    donated: int
+    """Bytes of a device's state that a train step writes where it read them."""
     minimum_flops: float
     """Of one device and step: the products that the gradient needs, by the model's formulas."""
     evaluation_over: int
@@ -124,8 +128,12 @@ class Estimate:
         assert self.program is not None
         machine, program = self.target.machine, self.program
         peak = machine.flops if self.config.model.dtype == "bfloat16" else machine.flops_float32
-        near = sum(c.sent for c in program.collectives if c.group <= self.target.neighbours)
-        far = sum(c.sent for c in program.collectives if c.group > self.target.neighbours)
+        far = sum(
+            c.sent
+            for c in program.collectives
+            if c.axes == BETWEEN_SLICES or c.group > self.target.neighbours
+        )
+        near = sum(c.sent for c in program.collectives) - far
         return {
             "matrix products": program.flops / peak,
             "memory": program.bytes / machine.bandwidth,
@@ -241,6 +249,7 @@ class Subject:
             over=trained["over"] if memory is None else max(0, memory.peak - capacity),
             memory=memory,
             program=_program(trained),
+            donated=trained.get("sizes", {}).get("alias", 0),
             minimum_flops=self._minimum(job, updates, batches) / job.mesh.size,
             evaluation_over=evaluated["over"],
             compile_seconds=trained["seconds"] + evaluated["seconds"],
@@ -259,12 +268,13 @@ class Subject:
         unit = batch_parts(mesh) * self.config.train.accumulation
         tried: dict[int, Estimate] = {}
 
-        def fits(units: int) -> bool:
+        def over(units: int) -> float:
             config = _with(self.config, "train.batch_size", units * unit)
-            tried[units] = self.estimate(config, target, devices)
-            return tried[units].fits
+            found = tried[units] = self.estimate(config, target, devices)
+            over = max(found.over, found.evaluation_over)
+            return over or (found.memory.peak - found.memory.capacity if found.memory else 0.0)
 
-        best = largest_that(fits, max(1, round(self.config.train.batch_size / unit)))
+        best = largest_without(over, max(1, round(self.config.train.batch_size / unit)))
         if not best:
             raise UserError(
                 f"{target}: not even a batch of {unit} fits; set --mesh.fsdp, --model.remat or a larger target"
@@ -332,7 +342,7 @@ class Subject:
             }
             peak = sum(found["sizes"].values()) - 2 * found["sizes"]["alias"]
             found["over"] = max(0, peak - int(target.machine.memory))
-            program = read_program(compiled.as_text(), dict(job.mesh.shape))
+            program = read_program(compiled.as_text(), dict(job.mesh.shape), target.slices)
             found["program"] = dataclasses.asdict(program)
         found["seconds"] = time.perf_counter() - since
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -342,38 +352,47 @@ class Subject:
         return found
 
 
-def largest_that(fits: Callable[[int], bool], start: int) -> int:
-    """The largest number for which `fits` holds, to within `CLOSE`; 0 where not even 1 does."""
-    low, high = 0, 0
-    while not high:
-        if fits(start):
-            low, start = start, start * 2
-        else:
-            high = start
-    while not low and high > 1:
-        if fits(high // 2):
-            low = high // 2
-        else:
-            high //= 2
-    while low and high - low > max(1, CLOSE * low):
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+def largest_without(over: Callable[[int], float], start: int) -> int:
+    """The largest number that is not over, to within `CLOSE`; 0 where 1 is.
+
+    Args:
+        over: How much too much a number takes, below 0 where room is left; about a straight line. Slow.
+        start: Where to begin.
+    """
+    found = {start: over(start)}
+    following = start * 2 if found[start] <= 0 else max(1, start // 2)
+    while True:
+        if following not in found:
+            found[following] = over(following)
+        low = max((n for n, excess in found.items() if excess <= 0), default=0)
+        high = min((n for n, excess in found.items() if excess > 0), default=None)
+        if high == 1 or (high is not None and low and high - low <= max(1, CLOSE * low)):
+            return low
+        (a, excess_a), (b, excess_b) = sorted(found.items(), key=lambda item: abs(item[1]))[:2]
+        slope = max((excess_b - excess_a) / (b - a), 1e-9)
+        guess = math.floor(a - excess_a / slope)
+        if high is not None and len(found) > 5:  # no line at all
+            guess = (low + high) // 2
+        least = low + max(1, math.floor(CLOSE * low))
+        most = 8 * max(found) if high is None else max(low + 1, high - max(1, math.floor(CLOSE * high / 2)))
+        following = min(max(guess, least), most)
 
 
-def minimum_flops(products: Sequence[tuple[str | None, float]], trained: set[str]) -> float:
-    """FLOPs that the gradient needs: each product forward, again for its kernel where that is trained, and again for
-    its input (both inputs, where it reads no kernel) where anything before it is."""
-    kernels = {kernel for kernel, _ in products}
-    below = any(path not in kernels and path.endswith(("embedding", "scale", "bias")) for path in trained)
-    total = 0.0
-    for kernel, flops in products:
-        learns = kernel in trained
-        total += flops * (1 + learns + below * (2 if kernel is None else 1))
-        below = below or learns
+def minimum_flops(products: Sequence[tuple[str | None, float]], trained: Collection[str]) -> float:
+    """FLOPs that the gradient needs at least: each product forward, again for its kernel where that is trained, and
+    again for its input (for both, where it reads no kernel) where anything before it is trained.
+
+    Args:
+        products: (module whose kernel is read, FLOPs) in their order; a module without FLOPs only may be trained.
+        trained: Paths of the parameters that are.
+    """
+    below, total = False, 0.0
+    for module, flops in products:
+        learns = f"{module}/kernel" in trained
+        total += flops * (1 + learns + below * (2 if module is None else 1))
+        if module is not None:
+            around = module.rpartition("/")[0] + "/"  # its bias, and the normalisation after it
+            below = below or any(path.startswith(around) for path in trained)
     return total
 
 
@@ -384,7 +403,10 @@ def out_of_memory(message: str) -> dict[str, Any]:
         UserError: It failed for another reason.
     """
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    number = r"([\d.]+)([KMGT]?)"
+    used = re.search(rf"Used {number} of {number} hbm", message) or re.search(
+        rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)", message
+    )
     if used is None:
         raise UserError(f"the compiler refuses the step: {message.splitlines()[0][:300]}")
     need, there = (float(used[i]) * units[used[i + 1]] for i in (1, 3))
@@ -394,8 +416,6 @@ def out_of_memory(message: str) -> dict[str, Any]:
 def _program(found: dict[str, Any]) -> Program | None:
     if "program" not in found:
         return None
-    from finetune_jax.hlo import Collective
-
     values = found["program"]
     return Program(
         values["flops"], values["bytes"], tuple(Collective(**each) for each in values["collectives"])
@@ -404,15 +424,16 @@ def _program(found: dict[str, Any]) -> Program | None:
 
 def _memory(sizes: dict[str, int], state: TrainState, batch: Any, capacity: int) -> Memory:
     """The compiler's total, shared out: what lies in arguments by its shapes, the rest as said in `Memory`."""
-    weights, rows = bytes_a_device(state.weights)[1], bytes_a_device(batch)[1]
+    weights, moments, rows = (bytes_a_device(tree)[1] for tree in (state.weights, state.opt_state, batch))
     gradients = min(bytes_a_device(state.params)[1], sizes["temp"])
     fresh = sizes["output"] - sizes["alias"]
     return Memory(
         parameters=weights,
-        optimizer=sizes["argument"] - weights - rows,
+        optimizer=moments,
         batch=rows,
         gradients=gradients,
         activations=sizes["temp"] - gradients + fresh,
+        padding=sizes["argument"] - weights - moments - rows,
         code=sizes["generated_code"],
         capacity=capacity,
     )

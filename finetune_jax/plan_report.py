@@ -21,6 +21,7 @@ def report(estimate: Estimate, tried: Tried) -> str:
     ]
     if estimate.memory is not None:
         rows += _memory_rows(estimate.memory)
+        rows.append(("donated", f"{_gb(estimate.donated)} of the state are updated in place"))
     if estimate.program is not None:
         rows += _program_rows(estimate) + _time_rows(estimate)
     rows.append(("compiled", f"in {estimate.compile_seconds:.0f} s by {estimate.compiler}"))
@@ -105,6 +106,7 @@ def _figures(estimate: Estimate) -> dict[str, Any]:
         "fits": estimate.fits,
         "over_bytes": estimate.over,
         "evaluation_over_bytes": estimate.evaluation_over,
+        "donated_bytes": estimate.donated,
         "minimum_flops": estimate.minimum_flops,
         "compiler": estimate.compiler,
         "compile_seconds": estimate.compile_seconds,

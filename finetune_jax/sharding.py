@@ -7,7 +7,7 @@ one rule table per model family (`SHARDING` in models/*.py); optimizer state lie
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,6 +66,16 @@ def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (the first dimension) over data and fsdp, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def split_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """A function that keeps the first dimension of an array over data and fsdp, and leaves the others to the compiler."""
+
+    def keep(x: jax.Array) -> jax.Array:
+        spec = PartitionSpec(BATCH_AXES, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return keep
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -71,8 +71,9 @@ class BertConfig:
 class Embeddings(nnx.Module):
     """Sum of word, position and token type vectors, normalised."""
 
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, compute: Compute, rngs: nnx.Rngs):
         init, width = nnx.initializers.normal(config.initializer_range), config.hidden_size
+        self.split_rows = compute.split_rows
         self.word_embeddings = Embed(
             config.vocab_size, width, init, frozen_row=config.pad_token_id, rngs=rngs
         )
@@ -83,8 +84,15 @@ class Embeddings(nnx.Module):
     def __call__(
         self, input_ids_BxL: jax.Array, token_type_ids_BxL: jax.Array, position_ids_BxL: jax.Array
     ) -> jax.Array:
-        x_BxLxD = self.word_embeddings(input_ids_BxL) + self.token_type_embeddings(token_type_ids_BxL)
-        return self.LayerNorm(x_BxLxD + self.position_embeddings(position_ids_BxL))
+        words_BxLxD, types_BxLxD, positions_BxLxD = (
+            self.split_rows(table(ids_BxL))
+            for table, ids_BxL in (
+                (self.word_embeddings, input_ids_BxL),
+                (self.token_type_embeddings, token_type_ids_BxL),
+                (self.position_embeddings, position_ids_BxL),
+            )
+        )
+        return self.LayerNorm(words_BxLxD + types_BxLxD + positions_BxLxD)
 
 
 class SelfAttention(nnx.Module):
@@ -190,7 +198,7 @@ class Bert(nnx.Module):
     """Embeddings and encoder; the pooler where the head needs one."""
 
     def __init__(self, config: BertConfig, *, with_pooler: bool, compute: Compute, rngs: nnx.Rngs):
-        self.embeddings = Embeddings(config, rngs)
+        self.embeddings = Embeddings(config, compute, rngs)
         self.encoder = Encoder(config, compute.dtype, rngs)
         if with_pooler:
             self.pooler = Pooler(config, compute.dtype, rngs)
@@ -221,7 +229,8 @@ class Bert(nnx.Module):
         def run(x_BxLxD: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
             weights, index = layer
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            return nnx.merge(graphdefs[0], weights)(x_BxLxD, visible_Bx1xLxL, layer_key), None
+            x_BxLxD = nnx.merge(graphdefs[0], weights)(x_BxLxD, visible_Bx1xLxL, layer_key)
+            return self.compute.split_rows(x_BxLxD), None
 
         run = rematerialised(run, self.compute.remat, in_scan=self.compute.scan_layers)
         if self.compute.scan_layers:
@@ -284,8 +293,9 @@ class BertForSequenceClassification(_Classifier):
         """
         bert_key, head_key = _split(dropout_key, 2)
         x_BxLxD = self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
-        first_BxSxD = jnp.take_along_axis(x_BxLxD, first_BxS[:, :, None], axis=1)
-        pooled_BxSxD = self.bert.pooler(first_BxSxD)
+        split_rows = self.bert.compute.split_rows
+        first_BxSxD = split_rows(jnp.take_along_axis(x_BxLxD, first_BxS[:, :, None], axis=1))
+        pooled_BxSxD = split_rows(self.bert.pooler(first_BxSxD))
         return self.classifier(dropout(pooled_BxSxD, self.dropout_rate, head_key))
 
 
@@ -317,7 +327,9 @@ def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
 def products(
     config: BertConfig, num_labels: int, rows: int, length: int, outputs: int
 ) -> list[tuple[str | None, float]]:
-    """FLOPs of the forward pass's products in their order, each with the kernel it reads (None: two activations).
+    """FLOPs of the forward pass's products in their order, each with the module whose kernel it reads.
+
+    Without a module it reads two activations; without FLOPs it is a module that only may be trained.
 
     Args:
         config: The network.
@@ -327,20 +339,17 @@ def products(
         outputs: Positions with a row of logits: segments, or all tokens.
     """
     D, F, tokens = config.hidden_size, config.intermediate_size, rows * length
-    found: list[tuple[str | None, float]] = []
+    found: list[tuple[str | None, float]] = [("bert/embeddings/word_embeddings", 0.0)]
     for index in range(config.num_hidden_layers):
         layer = f"bert/encoder/layer/{index}"
         found += [
-            (f"{layer}/attention/self/{name}/kernel", 2.0 * tokens * D * D)
-            for name in ("query", "key", "value")
+            (f"{layer}/attention/self/{name}", 2.0 * tokens * D * D) for name in ("query", "key", "value")
         ]
         found += [
             (None, 4.0 * tokens * length * D),
-            (f"{layer}/attention/output/dense/kernel", 2.0 * tokens * D * D),
+            (f"{layer}/attention/output/dense", 2.0 * tokens * D * D),
         ]
-        found += [
-            (f"{layer}/{name}/dense/kernel", 2.0 * tokens * D * F) for name in ("intermediate", "output")
-        ]
+        found += [(f"{layer}/{name}/dense", 2.0 * tokens * D * F) for name in ("intermediate", "output")]
     if outputs != tokens:
-        found.append(("bert/pooler/dense/kernel", 2.0 * outputs * D * D))
-    return [*found, ("classifier/kernel", 2.0 * outputs * D * num_labels)]
+        found.append(("bert/pooler/dense", 2.0 * outputs * D * D))
+    return [*found, ("classifier", 2.0 * outputs * D * num_labels)]

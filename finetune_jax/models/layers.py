@@ -66,6 +66,8 @@ class Compute:
     """BERT: one compiled layer that runs in a loop, instead of as many copies as there are layers."""
     batch_norm_groups: int = 1
     """ResNet: equal parts of a batch that are normalised apart."""
+    split_rows: Callable[[jax.Array], jax.Array] = lambda x: x
+    """Keeps the first dimension of an activation split as a batch's rows are, where a compiler might not by itself."""
 
 
 FLOAT32 = Compute()

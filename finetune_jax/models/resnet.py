@@ -242,7 +242,7 @@ def _uniform(bound: float):
 
 
 def products(config: ResNetConfig, num_labels: int, images: int, size: int) -> list[tuple[str | None, float]]:
-    """FLOPs of the forward pass's products in their order, each with the kernel it reads; taps on padding do not count.
+    """FLOPs of the forward pass's products in their order, each with the module whose kernel it reads; taps on padding do not count.
 
     Args:
         config: The network.
@@ -259,7 +259,7 @@ def products(config: ResNetConfig, num_labels: int, images: int, size: int) -> l
         out = (size + 2 * (width // 2) - width) // stride + 1
         places = [range(o * stride - width // 2, o * stride - width // 2 + width) for o in range(out)]
         taps = sum(0 <= place < size for row in places for place in row)
-        found.append((f"{path}/convolution/kernel", 2.0 * images * taps * taps * c_in * c_out))
+        found.append((f"{path}/convolution", 2.0 * images * taps * taps * c_in * c_out))
         return out
 
     resnet = model.resnet
@@ -272,4 +272,4 @@ def products(config: ResNetConfig, num_labels: int, images: int, size: int) -> l
                 convolve(f"{path}/shortcut", block.shortcut, entered)
             for place, layer in enumerate(block.layer):
                 size = convolve(f"{path}/layer/{place}", layer, size)
-    return [*found, ("classifier/kernel", 2.0 * images * config.hidden_sizes[-1] * num_labels)]
+    return [*found, ("classifier", 2.0 * images * config.hidden_sizes[-1] * num_labels)]
