@@ -85,9 +85,10 @@ def test_fsdp_gathers_parameters_and_reduces_gradients_only(here, family):
     assert kinds.pop("all-to-all", 0) < 0.1 * gradient
     assert set(kinds) <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert 0.8 * gradient < kinds["all-gather"] < 2.1 * gradient, "forward and backward may each gather"
-    assert 0.8 * gradient < kinds.get("all-reduce", 0) + kinds.get("reduce-scatter", 0) < 1.02 * gradient
+    assert 0.8 * gradient < kinds.get("all-reduce", 0) + kinds.get("reduce-scatter", 0) < 1.05 * gradient
     for part in ("parameters", "optimizer"):
-        assert getattr(estimate.memory, part) < 1.1 * getattr(whole.memory, part) / 8
+        # An eighth, and the vectors of BatchNorm and the like, which are copied.
+        assert getattr(estimate.memory, part) < 1.15 * getattr(whole.memory, part) / 8
 
 
 def test_without_the_constraint_fsdp_moves_activations(here, monkeypatch):

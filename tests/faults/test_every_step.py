@@ -24,7 +24,7 @@ def config_of(kind, tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
+@pytest.mark.parametrize("kind", [pytest.param("text", marks=pytest.mark.slow), "image"])
 def test_stopped_at_every_step_of_two_epochs(kind, tmp_path, monkeypatch):
     config, devices = config_of(kind, tmp_path), jax.devices()[:1]
     used = tiny.batches_used(monkeypatch)
