@@ -234,8 +234,9 @@ class Subject:
             lower_forward(make_forward(task, job.parts), state.weights, rows, job.mesh), target, job
         )
 
-        capacity = trained.get("capacity") or int(target.machine.memory)
-        memory = None if "sizes" not in trained else _memory(trained["sizes"], state, batch, capacity)
+        memory = None
+        if "sizes" in trained:
+            memory = _memory(trained["sizes"], state, batch, int(target.machine.memory))
         return Estimate(
             target=target,
             config=config,
@@ -246,12 +247,12 @@ class Subject:
             filled=batches.shape.rows,
             length=batches.shape.length,
             steps=steps,
-            over=trained["over"] if memory is None else max(0, memory.peak - capacity),
+            over=_over(trained, target),
             memory=memory,
             program=_program(trained),
             donated=trained.get("sizes", {}).get("alias", 0),
             minimum_flops=self._minimum(job, updates, batches) / job.mesh.size,
-            evaluation_over=evaluated["over"],
+            evaluation_over=_over(evaluated, target),
             compile_seconds=trained["seconds"] + evaluated["seconds"],
             compiler=compiler_version(target),
         )
@@ -329,7 +330,7 @@ class Subject:
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
         since = time.perf_counter()
-        found: dict[str, Any] = {"over": 0}
+        found: dict[str, Any] = {}
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -340,8 +341,6 @@ class Subject:
                 name: int(getattr(sizes, f"{name}_size_in_bytes"))
                 for name in ("argument", "output", "alias", "temp", "generated_code")
             }
-            peak = sum(found["sizes"].values()) - 2 * found["sizes"]["alias"]
-            found["over"] = max(0, peak - int(target.machine.memory))
             program = read_program(compiled.as_text(), dict(job.mesh.shape), target.slices)
             found["program"] = dataclasses.asdict(program)
         found["seconds"] = time.perf_counter() - since
@@ -410,7 +409,15 @@ def out_of_memory(message: str) -> dict[str, Any]:
     if used is None:
         raise UserError(f"the compiler refuses the step: {message.splitlines()[0][:300]}")
     need, there = (float(used[i]) * units[used[i + 1]] for i in (1, 3))
-    return {"over": int(need - there), "capacity": int(there)}
+    return {"missing": int(need - there)}
+
+
+def _over(found: dict[str, Any], target: Target) -> int:
+    """Bytes that a program needs and a device has not."""
+    if "missing" in found:
+        return found["missing"]
+    sizes = found["sizes"]
+    return max(0, sum(sizes.values()) - 2 * sizes["alias"] - int(target.machine.memory))
 
 
 def _program(found: dict[str, Any]) -> Program | None:
