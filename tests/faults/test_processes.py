@@ -1,4 +1,4 @@
-"""Two processes of one job on loopback: they stop at one step, miss each other, and what they saved is anyone's."""
+"""Two and four processes of one job on loopback: they stop at one step, miss each other, and what they saved is anyone's."""
 
 import dataclasses
 import json
@@ -25,7 +25,6 @@ LAUNCHER = Path(__file__).parents[2] / "scripts/multihost_local.sh"
 ENVIRONMENT = {
     **os.environ,
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "JAX_NUM_CPU_DEVICES": "2",
     "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/finetune_jax_tests_{os.getuid()}",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
@@ -61,10 +60,10 @@ def write_recipe(folder: Path) -> Path:
     return recipe
 
 
-class Pair:
-    """Two processes with two CPU devices each."""
+class Processes:
+    """Two processes or more that share four CPU devices; `second` is said to all but the first."""
 
-    def __init__(self, recipe: Path, run: Path, second: tuple[str, ...] = ()) -> None:
+    def __init__(self, recipe: Path, run: Path, second: tuple[str, ...] = (), count: int = 2) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -78,20 +77,22 @@ class Pair:
             "--workdir",
             str(run),
         ]
-        words += ["--distributed.coordinator", address, "--distributed.processes", "2"]
-        self.run, self.logs = run, [run.with_name(f"{run.name}-{address[-5:]}-{i}.log") for i in (0, 1)]
+        words += ["--distributed.coordinator", address, "--distributed.processes", str(count)]
+        self.run = run
+        self.logs = [run.with_name(f"{run.name}-{address[-5:]}-{i}.log") for i in range(count)]
+        environment = ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(4 // count)}
         self.processes = []
         for index, log in enumerate(self.logs):
             with log.open("w") as file:
                 command = [*words, "--distributed.process", str(index), *(second if index else ())]
-                self.processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=ENVIRONMENT))
+                self.processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
 
     def wait_for_step(self, step: int) -> None:
         file = self.run / "metrics.jsonl"
         limit = time.monotonic() + 240
         while not (file.exists() and f'"train", "step": {step},' in file.read_text()):
             assert time.monotonic() < limit
-            assert [process.poll() for process in self.processes] == [None, None], self.said()
+            assert [process.poll() for process in self.processes] == [None] * len(self.logs), self.said()
             time.sleep(0.05)
 
     def end(self, seconds: float) -> list[int]:
@@ -119,19 +120,27 @@ def job(tmp_path_factory):
     return folder, recipe, rows(folder / "whole")
 
 
-def test_a_signal_to_one_stops_both_at_one_step_and_one_alone_goes_on(job):
+def test_a_signal_to_one_of_four_stops_all_at_one_step_and_one_alone_goes_on(job):
     folder, recipe, whole = job
-    pair = Pair(recipe, folder / "signalled")
-    pair.wait_for_step(6)
-    pair.processes[1].send_signal(signal.SIGTERM)
-    assert pair.end(60) == [143, 143], pair.said()
-    checkpoints = Checkpoints(pair.run)
+    started = Processes(recipe, folder / "signalled", count=4)
+    started.wait_for_step(11)  # behind the evaluation after step 10, whose last batch is not full
+    started.processes[1].send_signal(signal.SIGTERM)
+    assert started.end(60) == [143] * 4, started.said()
+    checkpoints = Checkpoints(started.run)
     step = checkpoints.choose("latest")
-    assert 6 <= step < STEPS
-    assert all(f"stopped at step {step}; the same command resumes" in said for said in pair.said())
-    assert "SIGTERM: saving" not in pair.said()[0], "the first heard of it from the runtime, not by a signal"
+    assert 11 <= step < STEPS
+    assert all(f"stopped at step {step}; the same command resumes" in said for said in started.said())
+    measured, expected = (
+        next(row for row in tiny.rows(run, "validation") if row["step"] == 10)
+        for run in (started.run, folder / "whole")
+    )
+    assert measured.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-6)
+    assert measured == expected, "each example counts once, whoever reads it"
+    assert "SIGTERM: saving" not in started.said()[0], (
+        "the first heard of it from the runtime, not by a signal"
+    )
     assert checkpoints.faults(step, deep=True) == [], "one process reads, and digests, what two have written"
-    shutil.copytree(pair.run, folder / "alone")
+    shutil.copytree(started.run, folder / "alone")
     loop.train(load_saved(folder / "config.json"), folder / "alone", devices=jax.devices()[:4])
     went_on = rows(folder / "alone")
     assert [step for step, _ in went_on] == list(range(1, STEPS + 1))
@@ -141,20 +150,20 @@ def test_a_signal_to_one_stops_both_at_one_step_and_one_alone_goes_on(job):
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_one_killed_ends_the_other_and_a_restart_goes_on(job, victim):
     folder, recipe, whole = job
-    pair = Pair(recipe, folder / f"killed-{victim}")
-    pair.wait_for_step(6)
-    pair.processes[victim].kill()
-    codes = pair.end(60)
+    started = Processes(recipe, folder / f"killed-{victim}")
+    started.wait_for_step(6)
+    started.processes[victim].kill()
+    codes = started.end(60)
     assert codes[victim] == -9
     assert codes[1 - victim] not in (0, -9)
-    said = pair.said()[1 - victim]
+    said = started.said()[1 - victim]
     assert "one of them has ended" in said or "another task died" in said, said
-    checkpoints = Checkpoints(pair.run)
+    checkpoints = Checkpoints(started.run)
     assert checkpoints.steps(), "what was complete before is there"
     assert all(checkpoints.faults(step, deep=True) == [] for step in checkpoints.steps())
     if victim:
         again = subprocess.run(
-            ["bash", LAUNCHER, "2", "2", "--config", recipe, "--workdir", pair.run],
+            ["bash", LAUNCHER, "2", "2", "--config", recipe, "--workdir", started.run],
             env={**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
@@ -162,22 +171,22 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(job, victim):
         )
         assert again.returncode == 0, again.stderr
         assert "resumed at step" in again.stderr, "process 0 is heard at the terminal"
-        assert "[Gloo]" in pair.run.with_name(f"{pair.run.name}.process-1.log").read_text()
+        assert "[Gloo]" in started.run.with_name(f"{started.run.name}.process-1.log").read_text()
     else:
-        loop.train(load_saved(folder / "config.json"), pair.run, devices=jax.devices()[:4])
-    assert [loss for _, loss in rows(pair.run)] == pytest.approx([loss for _, loss in whole], abs=1e-6)
+        loop.train(load_saved(folder / "config.json"), started.run, devices=jax.devices()[:4])
+    assert [loss for _, loss in rows(started.run)] == pytest.approx([loss for _, loss in whole], abs=1e-6)
 
 
 def test_processes_with_different_configs_refuse_together(job):
     folder, recipe, _ = job
-    pair = Pair(recipe, folder / "disagreeing", second=("--seed", "3", "--data.threads", "1"))
-    codes = pair.end(60)
-    assert 2 in codes, pair.said()
-    assert 0 not in codes, pair.said()
-    assert not pair.run.exists()
+    started = Processes(recipe, folder / "disagreeing", second=("--seed", "3", "--data.threads", "1"))
+    codes = started.end(60)
+    assert 2 in codes, started.said()
+    assert 0 not in codes, started.said()
+    assert not started.run.exists()
     # Whoever raises first ends, and the runtime may end the other before it has said so.
-    assert any("different configs: seed 0 in process 0, 3 in process 1" in said for said in pair.said())
-    assert not any("data.threads" in said for said in pair.said())
+    assert any("different configs: seed 0 in process 0, 3 in process 1" in said for said in started.said())
+    assert not any("data.threads" in said for said in started.said())
 
 
 def test_a_part_of_the_options_is_refused(tmp_path, capsys):
