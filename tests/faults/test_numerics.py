@@ -54,7 +54,13 @@ def newest(run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "how"), [("text", "nan"), ("text", "infinite"), ("text", "gradient"), ("image", "nan")]
+    ("kind", "how"),
+    [
+        ("text", "nan"),
+        pytest.param("text", "infinite", marks=pytest.mark.slow),
+        ("text", "gradient"),
+        ("image", "nan"),
+    ],
 )
 def test_a_bad_update_changes_nothing_but_the_counters(kind, how, tmp_path, one_device, monkeypatch):
     config = config_of(kind, tmp_path, steps=6)

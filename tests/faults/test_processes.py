@@ -20,7 +20,7 @@ from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig, load_saved, to_dict
 from tests import tiny
 
-STEPS = 40
+STEPS = 24
 LAUNCHER = Path(__file__).parents[2] / "scripts/multihost_local.sh"
 ENVIRONMENT = {
     **os.environ,

@@ -36,7 +36,12 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("what", "where"), [("hangs", "training"), ("fails", "training"), ("hangs", "validation")]
+    ("what", "where"),
+    [
+        ("hangs", "training"),
+        ("fails", "training"),
+        pytest.param("hangs", "validation", marks=pytest.mark.slow),
+    ],
 )
 def test_a_batch_that_is_never_read(what, where, whole, monkeypatch):
     config, devices = config_of(whole, 600.0), jax.devices()[:1]

@@ -113,7 +113,9 @@ def digests(run, step):
     return {path: leaf["xxh3_128"] for path, leaf in Checkpoints(run).leaves(step).items()}
 
 
-@pytest.mark.parametrize("phase", ["step", "evaluation", "last evaluation"])
+@pytest.mark.parametrize(
+    "phase", ["step", pytest.param("evaluation", marks=pytest.mark.slow), "last evaluation"]
+)
 def test_a_signal_while_training_saves_and_the_run_goes_on_exactly(phase, tmp_path, monkeypatch, capsys):
     config, devices = config_of(tmp_path), jax.devices()[:1]
     loop.train(config, tmp_path / "whole", devices=devices)
