@@ -21,8 +21,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.fixture(autouse=True)
-def _cache_outside_home(tmp_path_factory, monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def _cache_outside_home(tmp_path_factory):
     """Prepared data of the tests lives in pytest's own folder, shared by the tests of one session."""
     cache = tmp_path_factory.getbasetemp() / "finetune_jax_cache"
-    monkeypatch.setenv("FINETUNE_JAX_CACHE", str(cache))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_JAX_CACHE", str(cache))
+        yield

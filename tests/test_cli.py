@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 
@@ -23,10 +24,9 @@ def call(*words):
     return stop.value.code
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    tiny.write_texts(tmp_path / "texts")
-    file = tmp_path / "recipe.py"
+def write_recipe(folder):
+    tiny.write_texts(folder / "texts")
+    file = folder / "recipe.py"
     file.write_text(
         "from pathlib import Path\n"
         "from tests import tiny\n"
@@ -37,10 +37,21 @@ def recipe(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, recipe, capsys):
-    assert call("train", "--config", recipe, "--workdir", tmp_path / "run") == 0
-    capsys.readouterr()
-    return tmp_path / "run"
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trained once; each test gets a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert call("train", "--config", write_recipe(folder), "--workdir", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(tmp_path, trained):
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def close(figures):
