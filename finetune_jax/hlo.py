@@ -197,7 +197,7 @@ class _Walk:
                 self._communicate(instruction, inside, times)
             between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
             if opcode == "send" and between:
-                size = sum(a.bytes for n in instruction.operands if n in inside for a in inside[n].arrays)
+                size = _operand_bytes(instruction, inside)
                 self._add(between[1].lower().replace("_", "-"), BETWEEN_SLICES, self.slices, times, size)
             if not fused:
                 self.bytes += times * self._moved(instruction, inside)
@@ -280,11 +280,10 @@ class _Walk:
 
     def _communicate(self, instruction: Instruction, inside: Computation, times: int) -> None:
         kind = _kind(instruction.opcode)
-        operands = sum(a.bytes for n in instruction.operands if n in inside for a in inside[n].arrays)
         results = instruction.arrays
         if instruction.opcode == "all-gather-start":  # its result is (operands, gathered)
             results = results[len(results) // 2 :]
-        size = sum(a.bytes for a in results) if kind == "all-gather" else operands
+        size = sum(a.bytes for a in results) if kind == "all-gather" else _operand_bytes(instruction, inside)
         group = _group(instruction.attributes, math.prod(self.axes.values()))
         if len(group) < 2:
             return
@@ -306,6 +305,10 @@ class _Walk:
                     names = "+".join(list(self.axes)[axis] for axis in chosen)
                     return names if group == along else f"part of {names}"
         return "none"
+
+
+def _operand_bytes(instruction: Instruction, inside: Computation) -> int:
+    return sum(a.bytes for name in instruction.operands if name in inside for a in inside[name].arrays)
 
 
 def _main(arrays: Sequence[Array]) -> int:

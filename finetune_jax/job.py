@@ -56,6 +56,14 @@ class Job:
         """Where each weight lies, without the reasons."""
         return {path: placement.sharding for path, placement in self.placements.items()}
 
+    @property
+    def abstract_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and places of all weights, running averages too."""
+        return {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.placements[path].sharding)
+            for path, leaf in self.parts.abstract.items()
+        }
+
     def hf_config(self) -> dict[str, Any]:
         """config.json for transformers, which gives a score the name LABEL_0."""
         labels = self.task.labels or ("LABEL_0",)
@@ -289,12 +297,7 @@ def open_model(
     job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, compute)
     if run:
         checkpoints = Checkpoints(path)
-        places = job.shardings
-        abstract = {
-            p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=places[p])
-            for p, a in job.parts.abstract.items()
-        }
-        weights = checkpoints.restore_weights(abstract, checkpoints.choose(step))
+        weights = checkpoints.restore_weights(job.abstract_weights, checkpoints.choose(step))
         return job, weights
     loaded = load_params(checkpoint, job.parts.abstract, replace_head=False)
     if loaded.new:

@@ -141,6 +141,16 @@ class Estimate:
             "network": far / machine.network,
         }
 
+    @property
+    def step_seconds(self) -> float:
+        """Of a step, at least."""
+        return max(self.bounds.values())
+
+    @property
+    def run_hours(self) -> float:
+        """Of the whole run, at least."""
+        return self.step_seconds * self.steps / 3600
+
 
 def plan(
     config: Config,
@@ -255,11 +265,7 @@ class Subject:
         shape = evaluation_shape(self.data, config.evaluation.batch_size, config.data.max_length, packing)
         batches = Batches(self.data, shape, None, packing, parts=parts)
         batch = abstract_batch(_one_row(batches), batches.rows, job.mesh)
-        weights = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=job.shardings[path])
-            for path, leaf in job.parts.abstract.items()
-        }
-        return lower_forward(make_forward(job.task, job.parts), weights, batch, job.mesh)
+        return lower_forward(make_forward(job.task, job.parts), job.abstract_weights, batch, job.mesh)
 
     def largest(self, target: Target, devices: list[Any]) -> Estimate:
         """The largest batch that fits, to within a few per cent.

@@ -80,9 +80,8 @@ def _program_rows(estimate: Estimate) -> list[tuple[str, str]]:
 def _time_rows(estimate: Estimate) -> list[tuple[str, str]]:
     bounds, machine = estimate.bounds, estimate.target.machine
     slowest = max(bounds, key=lambda name: bounds[name])
-    step = bounds[slowest]
+    step, hours = estimate.step_seconds, estimate.run_hours
     shown = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in bounds.items() if seconds)
-    hours = step * estimate.steps / 3600
     return [
         ("step", f"at least {1e3 * step:.3g} ms, bound by {slowest} (ms: {shown})"),
         ("speed", f"at most {estimate.examples / step:,.0f} examples/s"),
@@ -114,8 +113,7 @@ def _figures(estimate: Estimate) -> dict[str, Any]:
     if estimate.memory is not None:
         figures["memory"] = {**dataclasses.asdict(estimate.memory), "peak": estimate.memory.peak}
     if estimate.program is not None:
-        step = max(estimate.bounds.values())
-        hours = step * estimate.steps / 3600
+        step, hours = estimate.step_seconds, estimate.run_hours
         figures |= dataclasses.asdict(estimate.program) | {
             "seconds": estimate.bounds,
             "step_seconds": step,

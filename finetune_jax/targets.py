@@ -40,7 +40,6 @@ class Machine:
     """Bytes that a device sends to its neighbours of the same slice or host."""
     network: float
     """Bytes that a device sends to other slices or hosts, of the host's network cards in equal shares."""
-    chips_a_host: int
     shapes: tuple[str, ...]
     """Topologies of a slice, or numbers of GPUs."""
     source: str
@@ -52,14 +51,14 @@ _BOOK = "jax-ml.github.io/scaling-book"
 MACHINES = {
     machine.kind: machine
     for machine in (
-        Machine("v3", "tpu", 61.5 * TERA, 61.5 * TERA, 16 * GB, 450 * GB, 164 * GB, 1.56 * GB, 4,
+        Machine("v3", "tpu", 61.5 * TERA, 61.5 * TERA, 16 * GB, 450 * GB, 164 * GB, 1.56 * GB,
                 ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16"), f"{_CLOUD}/v3; links: Jouppi et al. 2020, CACM 63(7)", 2),
-        Machine("v4", "tpu", 275 * TERA, 275 * TERA, 32 * GB, 1200 * GB, 300 * GB, 6.25 * GB, 4, CUBES, f"{_CLOUD}/v4; links: {_BOOK}"),
-        Machine("v5e", "tpu", 197 * TERA, 197 * TERA, 16 * GB, 819 * GB, 200 * GB, 3.125 * GB, 8, SQUARES, f"{_CLOUD}/v5e"),
-        Machine("v5p", "tpu", 459 * TERA, 459 * TERA, 95 * GB, 2765 * GB, 600 * GB, 6.25 * GB, 4, CUBES, f"{_CLOUD}/v5p; network: {_BOOK}"),
-        Machine("v6e", "tpu", 918 * TERA, 918 * TERA, 32 * GB, 1638 * GB, 400 * GB, 12.5 * GB, 8, SQUARES, f"{_CLOUD}/v6e"),
-        Machine("a100", "cuda", 312 * TERA, 156 * TERA, 0.75 * 80 * GB, 2039 * GB, 300 * GB, 25 * GB, 8, GPUS, "NVIDIA A100 and DGX A100 data sheets (80 GB SXM, 8 x 200 Gb/s)"),
-        Machine("h100", "cuda", 989.4 * TERA, 494.7 * TERA, 0.75 * 80 * GB, 3350 * GB, 450 * GB, 50 * GB, 8, GPUS, "NVIDIA H100 and DGX H100 data sheets (SXM5, 8 x 400 Gb/s)"),
+        Machine("v4", "tpu", 275 * TERA, 275 * TERA, 32 * GB, 1200 * GB, 300 * GB, 6.25 * GB, CUBES, f"{_CLOUD}/v4; links: {_BOOK}"),
+        Machine("v5e", "tpu", 197 * TERA, 197 * TERA, 16 * GB, 819 * GB, 200 * GB, 3.125 * GB, SQUARES, f"{_CLOUD}/v5e"),
+        Machine("v5p", "tpu", 459 * TERA, 459 * TERA, 95 * GB, 2765 * GB, 600 * GB, 6.25 * GB, CUBES, f"{_CLOUD}/v5p; network: {_BOOK}"),
+        Machine("v6e", "tpu", 918 * TERA, 918 * TERA, 32 * GB, 1638 * GB, 400 * GB, 12.5 * GB, SQUARES, f"{_CLOUD}/v6e"),
+        Machine("a100", "cuda", 312 * TERA, 156 * TERA, 0.75 * 80 * GB, 2039 * GB, 300 * GB, 25 * GB, GPUS, "NVIDIA A100 and DGX A100 data sheets (80 GB SXM, 8 x 200 Gb/s)"),
+        Machine("h100", "cuda", 989.4 * TERA, 494.7 * TERA, 0.75 * 80 * GB, 3350 * GB, 450 * GB, 50 * GB, GPUS, "NVIDIA H100 and DGX H100 data sheets (SXM5, 8 x 400 Gb/s)"),
     )
 }  # fmt: skip
 
