@@ -3,18 +3,20 @@
 Memory, FLOPs, bytes and collectives are the compiler's; times are bounds from below, from published peak rates.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from finetune_jax.config import Config, validate
 from finetune_jax.data.pipeline import Batches, Examples, ImageExamples, evaluation_shape, train_shape
@@ -342,7 +344,8 @@ class Subject:
         since = time.perf_counter()
         found: dict[str, Any] = {}
         try:
-            compiled = lowered.compile()
+            with _no_compile_cache():
+                compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             found |= out_of_memory(str(error))
         else:
@@ -359,6 +362,20 @@ class Subject:
         draft.write_text(json.dumps(found), encoding="utf-8")
         draft.rename(file)
         return found
+
+
+@contextlib.contextmanager
+def _no_compile_cache() -> Iterator[None]:
+    """JAX's persistent cache writes programs of devices that are not here, and then fails to read them."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX asks whether there is a cache once in a process, and keeps the answer until a reset.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def largest_without(over: Callable[[int], float], start: int) -> int:

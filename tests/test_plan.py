@@ -9,6 +9,7 @@ import re
 import jax
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from finetune_jax import cli, plan, plan_report, targets
 from finetune_jax.config import (
@@ -248,6 +249,19 @@ def test_what_was_compiled_before_is_read_again(here, monkeypatch):
     monkeypatch.setattr(plan, "read_program", None)
     again, _ = of(recipe(batch=24))
     assert again == first
+
+
+def test_programs_of_other_devices_are_kept_out_of_the_compile_cache(here, tmp_path):
+    """JAX writes a described device's program there and cannot read it again."""
+    shared = jax.config.jax_compilation_cache_dir
+    compilation_cache.set_cache_dir(str(tmp_path))
+    try:
+        of(recipe(batch=24), "v5e:1x1")
+    finally:
+        compilation_cache.set_cache_dir(shared)
+        compilation_cache.reset_cache()
+    assert not [file.name for file in tmp_path.iterdir() if "step" in file.name]
+    assert jax.config.jax_enable_compilation_cache
 
 
 def test_empty_rows_are_named(here):
