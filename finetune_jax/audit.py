@@ -1,12 +1,11 @@
 """What `finetune-jax checkpoint` finds in a run folder. It reads files only: no model, no accelerator."""
 
-from pathlib import Path
-
 from finetune_jax.checkpoint import DAMAGED, DIRECTORY, Checkpoints
 from finetune_jax.errors import UserError
+from finetune_jax.storage import Folder
 
 
-def list_steps(run: Path) -> list[str]:
+def list_steps(run: Folder) -> list[str]:
     """A line a step: bytes, leaves, and whether it is the best; then what was set aside, and the sum."""
     checkpoints = _of(run)
     best = checkpoints.choose("best")
@@ -21,7 +20,7 @@ def list_steps(run: Path) -> list[str]:
     return [*lines, f"{total:,} bytes in {checkpoints.folder}"]
 
 
-def verify_steps(run: Path, step: str | None = None) -> tuple[list[str], bool]:
+def verify_steps(run: Folder, step: str | None = None) -> tuple[list[str], bool]:
     """A line for each step, or each of its faults; and whether all are sound. Every file and every leaf is read."""
     checkpoints = _of(run)
     steps = checkpoints.steps() if step is None else [checkpoints.choose(step)]
@@ -34,7 +33,7 @@ def verify_steps(run: Path, step: str | None = None) -> tuple[list[str], bool]:
     return lines, sound
 
 
-def inspect_step(run: Path, step: str = "latest") -> list[str]:
+def inspect_step(run: Folder, step: str = "latest") -> list[str]:
     """Every leaf of a step: type, shape, digest."""
     checkpoints = _of(run)
     leaves = checkpoints.leaves(checkpoints.choose(step))
@@ -45,7 +44,7 @@ def inspect_step(run: Path, step: str = "latest") -> list[str]:
     ]
 
 
-def _of(run: Path) -> Checkpoints:
+def _of(run: Folder) -> Checkpoints:
     if not (run / DIRECTORY).is_dir():
         raise UserError(f"{run} is not a run folder; name the --workdir of finetune-jax train")
     return Checkpoints(run)

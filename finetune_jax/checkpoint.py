@@ -6,17 +6,16 @@
     RUN/checkpoints/120.damaged/   a step that failed its digests, set aside
     RUN/checkpoints/120.pruned/    a step that is being removed
 
-A folder gets its number by one rename, when its manifest is in it: what has a number is complete. `meta` is JSON: the
+A folder gets its number by one rename, when its manifest is in it: what has a number is complete. A bucket has no rename: there a
+step is written under its number, and complete when its manifest is there. `meta` is JSON: the
 position in the data, the best metric so far, evaluations without a better one.
 """
 
 import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from finetune_jax import seal
+from finetune_jax import seal, storage
 from finetune_jax.errors import UserError
 from finetune_jax.state import TrainState
 from finetune_jax.tree import Flat
@@ -34,6 +33,7 @@ DIRECTORY = "checkpoints"
 ITEMS = ("weights", "training")
 DAMAGED, PRUNED = ".damaged", ".pruned"
 _DRAFT = ".orbax-checkpoint-tmp"
+_SLICE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass
@@ -53,23 +53,30 @@ class Progress:
 class Checkpoints:
     """The checkpoints of a run folder, for reading."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: storage.Folder) -> None:
         """
         Args:
             run: The run folder.
         """
-        self.folder = (run / DIRECTORY).absolute()
+        self.folder = storage.place(run) / DIRECTORY
 
     def steps(self) -> list[int]:
         """All that are complete, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        names = [path.name for path in self.folder.iterdir() if path.name.isdigit()]
-        return sorted(map(int, names))
+        return sorted(int(path.name) for path in self._numbered() if self._is_complete(path))
 
     def bytes_of(self, step: int) -> int:
         """On disk."""
-        return sum(path.stat().st_size for path in (self.folder / str(step)).rglob("*") if path.is_file())
+        return sum(map(storage.size_of, storage.files_under(self.folder / str(step)).values()))
+
+    def unfinished(self, step: int | None = None) -> list[storage.Folder]:
+        """Folders that a save, of this step or any, has left behind without completing, or that pruning has not removed whole."""
+        if not self.folder.is_dir():
+            return []
+        if storage.in_bucket(self.folder):
+            found = [path for path in self._numbered() if not self._is_complete(path)]
+            return [path for path in found if step is None or path.name == str(step)]
+        found = list(self.folder.glob(f"{'*' if step is None else step}{_DRAFT}*"))
+        return found if step is not None else [*found, *self.folder.glob(f"*{PRUNED}")]
 
     def faults(self, step: int, *, deep: bool = False) -> list[str]:
         """Everything that is wrong with a step, each in a line that names the file or the parameter.
@@ -167,6 +174,14 @@ class Checkpoints:
             )
         return int(step)
 
+    def _numbered(self) -> list[storage.Folder]:
+        """Folders whose names are steps."""
+        return [path for path in self.folder.iterdir() if path.name.isdigit()] if self.folder.is_dir() else []
+
+    def _is_complete(self, folder: storage.Folder) -> bool:
+        """On a disk a number is enough: a manifest that is missing there was taken away, and is a fault."""
+        return not storage.in_bucket(folder) or (folder / seal.FILE).exists()
+
     def _verified(self, step: int, layout: Mapping[str, Any]) -> tuple[Any, list[str]]:
         """Items of a step as `_read` gives them, and what is wrong with them: files before, leaves after they are read."""
         faults = self.faults(step)
@@ -189,7 +204,7 @@ class Checkpoints:
             )
 
     def _host_leaves(
-        self, folder: Path, manifest: Mapping[str, Any]
+        self, folder: storage.Folder, manifest: Mapping[str, Any]
     ) -> tuple[dict[str, np.ndarray], list[str]]:
         """Leaves that can be read, as NumPy arrays by path, and a line for each that cannot."""
         leaves: dict[str, np.ndarray] = {}
@@ -206,7 +221,7 @@ class Checkpoints:
                         faults.append(f"{item}/{name} cannot be read ({type(error).__name__})")
         return leaves, faults
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> storage.Folder:
         """A damaged step is kept for its owner to look at, under a name that nothing restores."""
         source = self.folder / str(step)
         target = self.folder / f"{step}{DAMAGED}"
@@ -234,7 +249,7 @@ class _Saving:
 class CheckpointWriter:
     """Saves while training goes on. One save at a time: a second one waits for the first."""
 
-    def __init__(self, run: Path, keep: int, keep_every_steps: int | None = None) -> None:
+    def __init__(self, run: storage.Folder, keep: int, keep_every_steps: int | None = None) -> None:
         """
         Args:
             run: The run folder.
@@ -245,13 +260,14 @@ class CheckpointWriter:
         self._keep, self._keep_every = keep, keep_every_steps
         self._current: _Saving | None = None
         self._failure: str | None = None
-        folder = self.checkpoints.folder
         if jax.process_index() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for left in [*folder.glob(f"*{_DRAFT}*"), *folder.glob(f"*{PRUNED}")]:
-                shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.checkpoints.unfinished():  # by a process that was killed
+                storage.remove(left)
         self._saver = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
+            ocp.CompositeCheckpointHandler(
+                weights=_array_writer(), training=_array_writer(), meta=ocp.JsonCheckpointHandler()
+            ),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
         )
 
@@ -270,8 +286,8 @@ class CheckpointWriter:
             self._saver.save(
                 self.checkpoints.folder / str(step),
                 args=ocp.args.Composite(
-                    weights=ocp.args.StandardSave(state.weights),
-                    training=ocp.args.StandardSave(training),
+                    weights=ocp.args.PyTreeSave(state.weights),
+                    training=ocp.args.PyTreeSave(training),
                     meta=ocp.args.JsonSave(dataclasses.asdict(progress)),
                 ),
             )
@@ -324,7 +340,7 @@ class CheckpointWriter:
         assert self._current is not None
         if jax.process_index() != 0:
             return
-        (draft,) = self.checkpoints.folder.glob(f"{self._current.step}{_DRAFT}*")
+        (draft,) = self.checkpoints.unfinished(self._current.step)
         seal.write_seal(draft, self._current.step, self._current.leaves.result())
 
     @contextlib.contextmanager
@@ -337,8 +353,8 @@ class CheckpointWriter:
             self._failure = f"the checkpoint of step {step} could not be saved: {one_line(error)}"
             say(self._failure)
             if jax.process_index() == 0:
-                for left in self.checkpoints.folder.glob(f"{step}{_DRAFT}*"):
-                    shutil.rmtree(left, ignore_errors=True)
+                for left in self.checkpoints.unfinished(step):
+                    storage.remove(left)
 
     def _prune(self, best: int | None) -> None:
         """Remove what need not stay, now that a newer step is complete; `best` is the one that it calls so."""
@@ -349,12 +365,21 @@ class CheckpointWriter:
         for step in steps:
             if step in stay or (self._keep_every and step % self._keep_every == 0):
                 continue
-            source = self.checkpoints.folder / str(step)
-            target = source.with_name(f"{step}{PRUNED}")
-            os.rename(
-                source, target
-            )  # first the name, then the files: a kill leaves no step that is half there
-            shutil.rmtree(target, ignore_errors=True)
+            # First what makes it complete, then the files: a kill leaves no step that is half there.
+            source = left = self.checkpoints.folder / str(step)
+            if storage.in_bucket(source):
+                (source / seal.FILE).unlink(missing_ok=True)
+            else:
+                left = source.with_name(f"{step}{PRUNED}")
+                os.rename(source, left)
+            storage.remove(left)
+
+
+def _array_writer() -> ocp.PyTreeCheckpointHandler:
+    """Devices that hold the same array write a part of it each, where the parts are large; left alone, Orbax cuts the smallest too."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def training_of(state: TrainState) -> dict[str, Any]:
@@ -374,7 +399,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
-def read_arrays(folder: Path, item: str, only: str | None = None) -> dict[str, np.ndarray]:
+def read_arrays(folder: storage.Folder, item: str, only: str | None = None) -> dict[str, np.ndarray]:
     """Leaves of one Orbax item as NumPy arrays by path, without devices or a model; `only` reads that leaf alone."""
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     handler: Callable[..., Any] = ocp.PyTreeCheckpointHandler

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import tyro
 
 from finetune_jax.config import Config, Distributed, field_paths, load_recipe, load_saved, nearest
 from finetune_jax.errors import UserError
+from finetune_jax.storage import Folder, place
 
 Overrides = Annotated[Config, tyro.conf.arg(name="")]
 
@@ -45,7 +47,7 @@ class Train:
         except Exception as error:
             runtime.leave(error)
             raise
-        print(Path(self.workdir) / "result.json")
+        print(os.path.join(self.workdir, "result.json"))
         return 0
 
 
@@ -123,9 +125,7 @@ class Export:
     def __call__(self) -> int:
         from finetune_jax.export import export
 
-        difference = export(
-            Path(self.run).expanduser(), Path(self.output).expanduser(), step=self.step, verify=self.verify
-        )
+        difference = export(place(self.run), on_disk(self.output), step=self.step, verify=self.verify)
         if difference is not None:
             print(f"largest logit difference: {difference:.3g}")
         print(self.output)
@@ -146,7 +146,7 @@ class Checkpoint:
     def __call__(self) -> int:
         from finetune_jax import audit
 
-        run = Path(self.run).expanduser()
+        run = place(self.run)
         sound = True
         if self.action == "list":
             lines = audit.list_steps(run)
@@ -269,10 +269,23 @@ def _recipe(words: list[str]) -> Config:
     return load_saved(file) if file else Config()
 
 
-def saved_config(run: str) -> Path | None:
+def saved_config(run: str) -> Folder | None:
     """The config.json of a run folder; None where this is none."""
-    folder = Path(run).expanduser()
+    folder = place(run)
     return folder / "config.json" if run and (folder / "manifest.json").is_file() else None
+
+
+def on_disk(output: str) -> Path:
+    """A file or folder of this machine.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if "://" in output:
+        raise UserError(
+            f"output {output} is not on this machine; name a place that is, and copy it from there"
+        )
+    return Path(output).expanduser()
 
 
 def writable(output: str) -> Path | None:
@@ -283,7 +296,7 @@ def writable(output: str) -> Path | None:
     """
     if output == "-":
         return None
-    path = Path(output).expanduser()
+    path = on_disk(output)
     if not path.parent.is_dir() or path.is_dir():
         raise UserError(
             f"output {output} cannot be written: {path.parent if not path.is_dir() else path} is no folder for it"

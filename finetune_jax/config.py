@@ -16,6 +16,7 @@ import pydantic
 import tyro
 
 from finetune_jax.errors import UserError
+from finetune_jax.storage import Folder
 
 Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
@@ -350,7 +351,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return ADAPTER.dump_python(config, mode="json", warnings=False)  # `validate` speaks of wrong types
 
 
-def load_saved(path: Path) -> Config:
+def load_saved(path: Folder) -> Config:
     """The config.json of a run folder."""
     return from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
 

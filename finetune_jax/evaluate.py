@@ -3,13 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from finetune_jax import metrics
+from finetune_jax import metrics, storage
 from finetune_jax.config import Config, load_saved
 from finetune_jax.data.pipeline import Batches, Examples, device_batches, evaluation_shape
 from finetune_jax.data.sources import load_source
@@ -130,7 +129,7 @@ def evaluate_model(model: str, config: Config | None, split: str, step: str = "b
         UserError: There is no such split, or labels that the model does not know.
     """
     if config is None:
-        path = Path(model).expanduser()
+        path = storage.place(model)
         if not is_run(path):
             raise UserError(f"{model} is not a run folder: say which data with --config")
         config = load_saved(path / CONFIG_FILE)

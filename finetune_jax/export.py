@@ -18,12 +18,13 @@ from finetune_jax.hf.pretrained import export_tensors
 from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model, save_model_folder
 from finetune_jax.runfolder import MANIFEST_FILE, RESULT_FILE
 from finetune_jax.step import make_forward
+from finetune_jax.storage import Folder
 from finetune_jax.tree import Flat
 
 CARD_FILE = "README.md"
 
 
-def export(run: Path, output: Path, *, step: str = "best", verify: bool = False) -> float | None:
+def export(run: Folder, output: Path, *, step: str = "best", verify: bool = False) -> float | None:
     """Write config.json, model.safetensors, tokenizer or preprocessor_config.json, and a model card.
 
     The folder is written beside its place and renamed: it is there whole or not at all.
@@ -89,7 +90,7 @@ def sample_batch(job: Job) -> dict[str, np.ndarray]:
     }
 
 
-def model_card(run: Path, job: Job, step: int) -> str:
+def model_card(run: Folder, job: Job, step: int) -> str:
     """Markdown: data, hyper-parameters and metrics of the run; `step` is the checkpoint's."""
     saved = config.load_saved(run / CONFIG_FILE)
     result = json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from finetune_jax import storage
 from finetune_jax.checkpoint import DIRECTORY, Checkpoints
 from finetune_jax.config import Config, MeshConfig, ModelConfig, load_saved, nearest
 from finetune_jax.data.image import ImageProcessor
@@ -257,7 +258,7 @@ def pretrained_weights(
 def save_model_folder(job: Job, folder: Path) -> None:
     """config.json and the files that turn raw input into features."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / CONFIG_FILE, job.hf_config())
+    storage.write_json(folder / CONFIG_FILE, job.hf_config())
     job.task.save_inputs(folder)
 
 
@@ -266,7 +267,7 @@ def save_model_folder(job: Job, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: storage.Folder) -> bool:
     """Whether this is a run folder of ours."""
     return (path / MODEL_DIRECTORY / CONFIG_FILE).is_file() and (path / DIRECTORY).is_dir()
 
@@ -285,9 +286,13 @@ def open_model(
     Raises:
         UserError: It is neither, or has no head that a task here knows.
     """
-    path = Path(os.path.expandvars(model)).expanduser()
+    path = storage.place(model)
     run = is_run(path)
-    checkpoint = open_checkpoint(str(path / MODEL_DIRECTORY) if run else os.path.expandvars(model))
+    if storage.in_bucket(path) and not run:
+        raise UserError(f"{model} is not a run folder; copy another kind of model to this machine first")
+    checkpoint = open_checkpoint(
+        str(storage.local_copy(path / MODEL_DIRECTORY)) if run else os.path.expandvars(model)
+    )
     compute = FLOAT32
     if run:
         saved = load_saved(path / CONFIG_FILE)

@@ -10,11 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats as scipy_stats
-from sklearn import metrics as sklearn_metrics
-
-sk: Any = sklearn_metrics  # their annotations are inferred, and wrong
-stats: Any = scipy_stats
 
 AVERAGED = tuple(
     f"{name}_{kind}" for kind in ("macro", "micro", "weighted") for name in ("precision", "recall", "f1")
@@ -62,29 +57,31 @@ def classification(labels: np.ndarray, predicted: np.ndarray, num_labels: int) -
     out: dict[str, Any] = {"accuracy": float(np.mean(labels == predicted))}
     ids = list(range(num_labels))
     for average in ("macro", "micro", "weighted"):
-        scores = sk.precision_recall_fscore_support(
+        scores = _sklearn().precision_recall_fscore_support(
             labels, predicted, labels=ids, average=average, zero_division=0
         )
         for name, value in zip(("precision", "recall", "f1"), scores[:3], strict=True):
             out[f"{name}_{average}"] = float(value)
     if num_labels == 2:
-        scores = sk.precision_recall_fscore_support(
+        scores = _sklearn().precision_recall_fscore_support(
             labels, predicted, labels=ids, average=None, zero_division=0
         )
         out |= {name: float(s[1]) for name, s in zip(("precision", "recall", "f1"), scores[:3], strict=True)}
     else:
         out |= {name: out[f"{name}_macro"] for name in ("precision", "recall", "f1")}
     out["matthews"] = (
-        float(sk.matthews_corrcoef(labels, predicted)) if len(set(labels)) + len(set(predicted)) > 2 else 0.0
+        float(_sklearn().matthews_corrcoef(labels, predicted))
+        if len(set(labels)) + len(set(predicted)) > 2
+        else 0.0
     )
-    out["confusion_matrix"] = sk.confusion_matrix(labels, predicted, labels=ids).tolist()
+    out["confusion_matrix"] = _sklearn().confusion_matrix(labels, predicted, labels=ids).tolist()
     return out
 
 
 def report(labels: Any, predicted: Any, names: Sequence[str]) -> str:
     """scikit-learn's table of precision, recall, F1 and support, a line a label."""
     return str(
-        sk.classification_report(
+        _sklearn().classification_report(
             labels,
             predicted,
             labels=list(range(len(names))),
@@ -93,6 +90,19 @@ def report(labels: Any, predicted: Any, names: Sequence[str]) -> str:
             zero_division=0,
         )
     )
+
+
+def _sklearn() -> Any:
+    """Takes a second, which a command that evaluates nothing need not wait. Its annotations are inferred, and wrong."""
+    from sklearn import metrics
+
+    return metrics
+
+
+def _scipy() -> Any:
+    from scipy import stats
+
+    return stats
 
 
 def top_k(labels: np.ndarray, logits_NxC: np.ndarray, k: int) -> float:
@@ -107,8 +117,8 @@ def regression(scores: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Pearson, Spearman and mean squared error; correlations are 0 where a side is constant."""
     constant = len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(predicted) == 0
     return {
-        "pearson": 0.0 if constant else float(stats.pearsonr(scores, predicted).statistic),
-        "spearman": 0.0 if constant else float(stats.spearmanr(scores, predicted).statistic),
+        "pearson": 0.0 if constant else float(_scipy().pearsonr(scores, predicted).statistic),
+        "spearman": 0.0 if constant else float(_scipy().spearmanr(scores, predicted).statistic),
         "mse": float(np.mean((scores.astype(np.float64) - predicted) ** 2)),
     }
 

@@ -367,7 +367,7 @@ class Subject:
 @contextlib.contextmanager
 def _no_compile_cache() -> Iterator[None]:
     """JAX's persistent cache writes programs of devices that are not here, and then fails to read them."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
     # JAX asks whether there is a cache once in a process, and keeps the answer until a reset.
     compilation_cache.reset_cache()

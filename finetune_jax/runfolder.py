@@ -11,24 +11,21 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 
-from finetune_jax import __version__
+from finetune_jax import __version__, storage
 from finetune_jax.config import Config, load_saved, to_dict
 from finetune_jax.data.packing import RowShape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
-from finetune_jax.hf.files import write_json
 from finetune_jax.job import CONFIG_FILE, MODEL_DIRECTORY, Job, save_model_folder
+from finetune_jax.storage import LOCK_FILE, Folder, write_json
 from finetune_jax.writers import say
 
 MANIFEST_FILE = "manifest.json"
 RESULT_FILE = "result.json"
-LOCK_FILE = ".lock"
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
 # Fields that a resumed run may change: they do not touch the arithmetic or the order of examples.
 FREE_TO_CHANGE = (
@@ -59,7 +56,7 @@ MAY_CHANGE = (
 )
 
 
-def check_same_config(config: Config, run: Path, allow_change: Sequence[str] = ()) -> None:
+def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] = ()) -> None:
     """A run folder goes on only as what it began as, but for fields that are free, or allowed to change.
 
     Raises:
@@ -102,7 +99,7 @@ def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def open_run_folder(config: Config, run: Path, job: Job, source: Source, shape: RowShape) -> Iterator[None]:
+def open_run_folder(config: Config, run: Folder, job: Job, source: Source, shape: RowShape) -> Iterator[None]:
     """The run folder, for this process alone: config.json, manifest.json and the model folder are in it.
 
     Raises:
@@ -114,28 +111,23 @@ def open_run_folder(config: Config, run: Path, job: Job, source: Source, shape: 
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{run} cannot be made: {error.strerror}; name another --workdir") from error
-    # The operating system frees the lock of a process that dies, however it dies.
-    lock = filelock.FileLock(run / LOCK_FILE, timeout=0) if first else contextlib.nullcontext()
     try:
-        with lock:
+        with storage.hold(run) if first else contextlib.nullcontext():
             if (run / MANIFEST_FILE).is_file():
                 _go_on(config, run, job, source, shape)
             elif first:
                 _begin(config, run, job, source, shape)
             yield
-    except filelock.Timeout:
-        raise UserError(
-            f"{run} is in use by another process; wait for it or stop it, or name a new --workdir"
-        ) from None
     except PermissionError as error:
         raise UserError(
             f"{error.filename or run} cannot be written: {error.strerror}; name another --workdir"
         ) from error
 
 
-def _begin(config: Config, run: Path, job: Job, source: Source, shape: RowShape) -> None:
+def _begin(config: Config, run: Folder, job: Job, source: Source, shape: RowShape) -> None:
     write_json(run / CONFIG_FILE, to_dict(config))
-    save_model_folder(job, run / MODEL_DIRECTORY)
+    with storage.Mirror(run / MODEL_DIRECTORY) as folder:
+        save_model_folder(job, folder)
     manifest = {
         "conditions": conditions(),
         "seed": config.seed,
@@ -148,7 +140,7 @@ def _begin(config: Config, run: Path, job: Job, source: Source, shape: RowShape)
     write_json(run / MANIFEST_FILE, manifest)  # last: with it the folder is a run
 
 
-def _go_on(config: Config, run: Path, job: Job, source: Source, shape: RowShape) -> None:
+def _go_on(config: Config, run: Folder, job: Job, source: Source, shape: RowShape) -> None:
     saved = json.loads((run / MANIFEST_FILE).read_text(encoding="utf-8"))
     differences = []
     if saved["data_fingerprint"] != source.fingerprint:

@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+
+from finetune_jax.storage import Folder, files_under, size_of, write_text
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -26,12 +27,12 @@ def digest_array(array: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def digest_file(path: Path) -> str:
+def digest_file(path: Folder) -> str:
     """Of the bytes."""
-    hasher, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as file:  # no mmap: a file that is cut meanwhile would kill the process
-        while count := file.readinto(block):
-            hasher.update(block[:count])
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:  # no mmap: a file that is cut meanwhile would kill the process
+        while block := file.read(_BLOCK):
+            hasher.update(block)
     return hasher.hexdigest()
 
 
@@ -54,7 +55,7 @@ def leaf_records(leaves: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     return records
 
 
-def write_seal(folder: Path, step: int, leaves: Mapping[str, Mapping[str, Any]]) -> None:
+def write_seal(folder: Folder, step: int, leaves: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the manifest of what is in `folder`, all at once and last.
 
     Args:
@@ -68,20 +69,13 @@ def write_seal(folder: Path, step: int, leaves: Mapping[str, Mapping[str, Any]])
         "format": FORMAT,
         "step": step,
         "leaves": dict(leaves),
-        "files": {
-            name: {"bytes": path.stat().st_size, "xxh3_128": digests[name]} for name, path in files.items()
-        },
+        "files": {name: {"bytes": size_of(path), "xxh3_128": digests[name]} for name, path in files.items()},
     }
     manifest["xxh3_128"] = _digest_of(manifest)
-    draft = folder / (FILE + ".draft")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, folder / FILE)
+    write_text(folder / FILE, json.dumps(manifest, indent=1))
 
 
-def read_seal(folder: Path) -> tuple[dict[str, Any], list[str]]:
+def read_seal(folder: Folder) -> tuple[dict[str, Any], list[str]]:
     """The manifest, and what is wrong with the manifest itself (then it is empty)."""
     try:
         manifest = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -97,7 +91,7 @@ def read_seal(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return manifest, []
 
 
-def file_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def file_faults(folder: Folder, manifest: Mapping[str, Any]) -> list[str]:
     """What is wrong with the files: missing, cut, changed, or not listed."""
     faults, present = [], _files(folder)
     for name, record in manifest["files"].items():
@@ -105,7 +99,7 @@ def file_faults(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             faults.append(f"file {name} is missing")
             continue
         try:
-            size = present[name].stat().st_size
+            size = size_of(present[name])
             if size != record["bytes"]:
                 faults.append(f"file {name} has {size} bytes, {record['bytes']} were written")
             elif digest_file(present[name]) != record["xxh3_128"]:
@@ -148,10 +142,11 @@ def _in_threads(function: Callable[[Any], Any], values: Mapping[str, Any]) -> di
         return dict(zip(values, pool.map(function, values.values()), strict=True))
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    names = {path.relative_to(folder).as_posix(): path for path in found}
-    return {name: p for name, p in names.items() if name not in (*_AFTER_THE_SEAL, FILE, FILE + ".draft")}
+def _files(folder: Folder) -> dict[str, Folder]:
+    found = files_under(folder)
+    return {
+        name: path for name, path in found.items() if name not in (*_AFTER_THE_SEAL, FILE, f".{FILE}.draft")
+    }
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

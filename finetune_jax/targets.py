@@ -16,7 +16,7 @@ from finetune_jax.errors import UserError
 GB = 10**9
 TERA = 10**12
 SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 GPUS = tuple(str(n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
 GPUS_A_HOST = 8
 
@@ -153,7 +153,7 @@ def devices_of(target: Target) -> list[Any]:
     options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
     if target.machine.kind == "v4":  # without this a chip shows as two devices
         options |= {"chip_config_name": "megacore", "num_slices": target.slices, "wrap": (False,) * 3}
-    if target.shape == "1x1":
+    if target.chips == target.slices:
         options["chips_per_host_bounds"] = (1, 1, 1)
     elif target.machine.kind == "v4":
         options["chips_per_host_bounds"] = (2, 2, 1)

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,10 +33,11 @@ from finetune_jax.job import (
     open_source,
     pretrained_weights,
 )
-from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder, write_json
+from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder
 from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
 from finetune_jax.state import TrainState, create_state, initial_weights, parameter_counts, parameter_table
 from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
+from finetune_jax.storage import Folder, place, write_json
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.writers import Writer, say
 
@@ -77,7 +77,7 @@ def train(
         UserError: Input that cannot be used, a run that cannot be saved, or one whose updates are not finite.
         Stopped: By SIGTERM, SIGINT or `stop_at`.
     """
-    config, run = validate(config), Path(workdir).expanduser()
+    config, run = validate(config), place(workdir)
     signals.phase("preparing")
     fields = flat_fields(to_dict(config)).items()
     runtime.check_agreement({name: value for name, value in fields if name not in OF_ONE_HOST}, "configs")
@@ -142,7 +142,7 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     return Setup(config, job, source, metric, examples, batches, total_steps, updates, state, note)
 
 
-def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -> dict[str, Any]:
+def fit(setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None) -> dict[str, Any]:
     """Restore, compile, loop, result."""
     config, job, batches, total_steps = setup.config, setup.job, setup.batches, setup.total_steps
     restored = saver.checkpoints.restore(setup.state)
@@ -192,6 +192,19 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
     if step == 0:
         writer.write("data", 0, {"skipped_records": len(setup.source.skipped)})
     pending: tuple[int, Any] | None = None
+
+    def write_pending() -> None:
+        nonlocal pending
+        if pending is not None:
+            write_train_row(setup, writer, meter, *pending)
+            pending = None
+
+    def save() -> None:
+        """The rows first: what goes on from a checkpoint does not write those before it again."""
+        write_pending()
+        writer.send()
+        saver.save(state, progress)
+
     signals.phase("training")
     with contextlib.closing(writer):
         with signals.at_stake(config.checkpoint.grace_seconds) as watch:
@@ -208,29 +221,25 @@ def fit(setup: Setup, run: Path, saver: CheckpointWriter, stop_at: int | None) -
                 state, sums = train_step(state, batch)
                 step += 1
                 progress.next_batch = step
-                if pending is not None:
-                    write_train_row(setup, writer, meter, *pending)
+                write_pending()
                 pending = (step, sums) if step % config.train.log_every == 0 or step == total_steps else None
                 writer.advance(step)
                 saver.check()
                 evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
                 if evaluating:
-                    if pending is not None:  # before the evaluation's row, also where that is repeated
-                        write_train_row(setup, writer, meter, *pending)
-                        pending = None
+                    write_pending()  # before the evaluation's row, also where that is repeated
                     validation.measure(state, step, stop)
                 stopping = stop() or step == stop_at or bool(unreadable)
                 every = config.checkpoint.every_steps
                 periodic = every is not None and step % every == 0
                 if evaluating or periodic or stopping:
-                    saver.save(state, progress)
+                    save()
                 if stopping:
                     break
-            if pending is not None:
-                write_train_row(setup, writer, meter, *pending)
+            write_pending()
             signals.phase("saving")
             if unreadable and step and jax.process_count() == 1:  # of several, the others know nothing of it
-                saver.save(state, progress)
+                save()
             saver.finish()
             if unreadable:
                 raise UserError(f"{unreadable[0]}; the same command goes on from step {step}")
@@ -250,7 +259,7 @@ def until_unreadable(batches: Iterator[Any], reason: list[Unreadable]) -> Iterat
 
 def finish(
     setup: Setup,
-    run: Path,
+    run: Folder,
     saver: CheckpointWriter,
     forwards: dict[str, Forward],
     state: TrainState,

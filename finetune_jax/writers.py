@@ -18,6 +18,7 @@ import jax
 from tqdm import tqdm
 
 from finetune_jax.errors import UserError, without_secrets
+from finetune_jax.storage import Folder, Mirror
 
 FILE = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -26,7 +27,7 @@ TIMINGS = "timings.jsonl"
 class Writer:
     """Rows of scalars of one run. On hosts other than the first it writes nothing."""
 
-    def __init__(self, run: Path, tensorboard: bool, resumed_at: int, total: int) -> None:
+    def __init__(self, run: Folder, tensorboard: bool, resumed_at: int, total: int) -> None:
         """
         Args:
             run: The run folder.
@@ -35,15 +36,18 @@ class Writer:
             total: Updates in all, for the progress bar.
         """
         self._files: dict[str, Any] = {}
+        self._mirror: Mirror | None = None
         self._clu = None
         self._bar = tqdm(total=total, initial=resumed_at, unit="step", disable=None, dynamic_ncols=True)
         if jax.process_index() != 0:
             return
+        self._mirror = Mirror(run, FILE, TIMINGS)
         for name in (FILE, TIMINGS):
-            _forget_after(run / name, resumed_at)
-            self._files[name] = (run / name).open("a", encoding="utf-8")
+            file = self._mirror.local / name
+            _forget_after(file, resumed_at)
+            self._files[name] = file.open("a", encoding="utf-8")
         if tensorboard:
-            self._clu = _clu_writer(run)
+            self._clu = _clu_writer(self._mirror.local)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One row; `kind` is data, train, validation or test. Values that are no numbers go to metrics.jsonl only.
@@ -82,6 +86,17 @@ class Writer:
         """Print above the progress bar, on the first host."""
         say(text)
 
+    def send(self) -> None:
+        """To a bucket, what was written since the last time: before a save, so that a checkpoint has no rows missing.
+
+        Raises:
+            UserError: It cannot be reached.
+        """
+        if self._mirror is not None and self._mirror.is_copy:
+            if self._clu is not None:
+                self._clu.flush()
+            self._mirror.send()
+
     def close(self) -> None:
         """Flush everything."""
         self._bar.close()
@@ -89,6 +104,8 @@ class Writer:
             file.close()
         if self._clu is not None:
             self._clu.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "finetune_jax"
 FLOORS = [
-    {"errors", "signals", "__init__"},
+    {"errors", "signals", "storage", "__init__"},
     {"models", "metrics", "writers", "config", "tree", "doctor", "seal", "runtime", "hlo", "targets"},
     {"data", "hf", "optim", "sharding"},
     {"tasks", "state"},
@@ -16,7 +16,7 @@ FLOORS = [
 ]
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
-    ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"),
+    ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"),
     ("export", "runfolder"), ("predict", "evaluate"), ("__main__", "cli"), ("targets", "config"), ("plan_report", "plan"),
 }  # fmt: skip
 

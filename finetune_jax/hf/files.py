@@ -5,7 +5,6 @@ Nothing here executes or unpickles what it reads: JSON of bounded size, and safe
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -267,10 +266,3 @@ def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     # Not np.ascontiguousarray: it makes a vector of a scalar.
     contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Indented JSON, replaced at once: a kill leaves the old file or the new one."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)

@@ -243,7 +243,7 @@ def test_what_stays(tmp_path):
 
 
 def test_pruning_that_was_killed_leaves_no_half_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # killed after the rename
+    monkeypatch.setattr(checkpoint.storage, "remove", lambda _: None)  # killed after the rename
     save(tmp_path / "run", 1, 2, 3, keep=1)
     monkeypatch.undo()
     assert Checkpoints(tmp_path / "run").steps() == [3]
