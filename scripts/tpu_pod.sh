@@ -4,13 +4,13 @@
 #
 #   ./scripts/tpu_pod.sh [--dry-run] [--keep] [--spot] NAME ZONE ACCELERATOR RUNTIME TRAIN_OPTION...
 #   ./scripts/tpu_pod.sh --spot sst2 us-central1-a v5litepod-16 v2-alpha-tpuv5-lite \
-#       --config configs/sst2.py --workdir /mnt/shared/runs/sst2
+#       --config configs/sst2.py --workdir gs://my-bucket/runs/sst2
 #
 # --dry-run prints every command and runs none; --keep leaves the TPU when the run has ended or failed; --spot takes one that
 # may be taken back: then a new one is asked for, and the same command goes on with the run.
 #
-# WORKDIR is a folder that all workers share and that outlives them, such as an NFS (Filestore) mount: SETUP='...' is run on every
-# worker first, to mount it. The committed code of this repository is what is copied. Needs gcloud, logged in, with a project.
+# WORKDIR is what all workers share and what outlives them: gs://BUCKET/FOLDER, or an NFS (Filestore) mount. SETUP='...' is run on
+# every worker first, to mount it. The committed code of this repository is what is copied. Needs gcloud, logged in, with a project.
 # Not run here: this was written without access to Cloud TPU.
 set -euo pipefail
 
@@ -69,7 +69,7 @@ install() {
     if [[ -n ${SETUP:-} ]]; then on_all "$SETUP"; fi
     # The images' own Python is older than 3.11.
     on_all "set -e; tar -xzf $archive; python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --quiet --python 3.11 venv; \
-~/.local/bin/uv pip install --quiet --python venv/bin/python './finetune_jax[tpu]'"
+~/.local/bin/uv pip install --quiet --python venv/bin/python './finetune_jax[tpu,gcs]'"
 }
 
 train=$(printf ' %q' "$@")

@@ -106,7 +106,7 @@ def test_a_tpu_is_asked_for_used_and_given_back():
     remote = [line[line.index("--command") + 1] for line in lines if "--command" in line]
     assert remote[0] == "sudo mount /mnt"
     assert "uv pip install" in remote[1]
-    assert "./finetune_jax[tpu]" in remote[1]
+    assert "./finetune_jax[tpu,gcs]" in remote[1]
     started = shlex.split(remote[2])
     command = parse(started[started.index("train") :])
     assert (command.workdir, command.overrides.seed) == ("/mnt/a run; $(odd)", 7)

@@ -28,17 +28,29 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": f"{tempfile.gettempdir()}/finetune_jax_tests_{os.getuid()}",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
-# A recipe is a Python file: this one also makes every step slow, so that there is a middle to strike at, and patience short.
+# A recipe is a Python file: this one also makes every step slow, so that there is a middle to strike at, and patience short; and
+# each process notes which examples it makes rows of.
 RECIPE = """
+import json
 import time
 from pathlib import Path
+import jax
 from finetune_jax import config, runtime, writers
+from finetune_jax.data.pipeline import Batches
 runtime.HEARTBEAT_SECONDS = 10
 advance = writers.Writer.advance
 def slowly(self, step, **shown):
     time.sleep({seconds})
     advance(self, step, **shown)
 writers.Writer.advance = slowly
+make = Batches.__getitem__
+def noted(self, step):
+    if self.seed is not None:  # of training
+        ids = self.examples.example_ids[self.placement(step).rows_of(self.here).segment].tolist()
+        with Path({file!r}).with_name(f"read-by-{{jax.process_index()}}-of-{{jax.process_count()}}").open("a") as notes:
+            notes.write(json.dumps([step, ids]) + "\\n")
+    return make(self, step)
+Batches.__getitem__ = noted
 def get_config():
     return config.load_saved(Path({file!r}))
 """
@@ -136,6 +148,13 @@ def test_a_signal_to_one_of_four_stops_all_at_one_step_and_one_alone_goes_on(job
     )
     assert measured.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-6)
     assert measured == expected, "each example counts once, whoever reads it"
+    batches = loop.prepare(load_saved(folder / "config.json"), jax.devices()[:4]).batches
+    read = [dict(map(json.loads, (folder / f"read-by-{i}-of-4").read_text().splitlines())) for i in range(4)]
+    for number in range(step):
+        ids = [set(notes[number]) for notes in read]
+        assert all(ids), "each reads some"
+        assert sum(map(len, ids)) == len(set().union(*ids)), "none twice"
+        assert set().union(*ids) == set(batches.example_ids(number).tolist()), "all of them"
     assert "SIGTERM: saving" not in started.said()[0], (
         "the first heard of it from the runtime, not by a signal"
     )
