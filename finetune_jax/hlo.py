@@ -188,13 +188,18 @@ class _Walk:
     def visit(self, name: str, times: int, fused: bool = False) -> None:
         """Add a computation that runs so many times; the inside of a kernel moves no bytes of its own."""
         inside = self.computations[name]
-        starts = any("AsyncCollectiveStart" in instruction.attributes for instruction in inside.values())
+        attributes = [instruction.attributes for instruction in inside.values()]
+        starts = any("AsyncCollectiveStart" in text for text in attributes)
+        # A TPU's reduce-scatter: a kernel with an all-reduce, of which each device keeps a slice.
+        scatters = name.startswith("all-reduce-scatter")
+        whole = scatters and not any("AsyncCollective" in text for text in attributes)
         for instruction in inside.values():
             opcode = instruction.opcode
             self.flops += times * _flops(instruction, inside)
             # A TPU program repeats an asynchronous collective in each kernel that it passes through.
-            if _kind(opcode) and (starts or not fused):
-                self._communicate(instruction, inside, times)
+            kind = _kind(opcode)
+            if kind and (starts or whole or not fused):
+                self._communicate("reduce-scatter" if scatters else kind, instruction, inside, times)
             between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
             if opcode == "send" and between:
                 size = _operand_bytes(instruction, inside)
@@ -222,7 +227,23 @@ class _Walk:
         limits = [
             i.arguments for i in condition.values() if i.opcode == "constant" and i.arguments.isdecimal()
         ]
-        return max(map(int, limits), default=1)
+        return -(-max(map(int, limits), default=1) // self._stride(loop))
+
+    def _stride(self, loop: Instruction) -> int:
+        """What a loop's body adds to its counter: XLA unrolls the loops that it makes itself, and counts them by two."""
+        condition, body = (self.computations[loop.called[role]] for role in ("condition", "body"))
+        read = [i for i in condition.values() if i.opcode == "get-tuple-element"]
+        root = next(instruction for instruction in body.values() if instruction.root)
+        for instruction in read:
+            index = int(re.findall(r"index=(\d+)", instruction.attributes)[0])
+            update = body.get(root.operands[index]) if index < len(root.operands) else None
+            if update is None or update.opcode != "add":
+                continue
+            added = [body[name] for name in update.operands if name in body]
+            steps = [o.arguments for o in added if o.opcode == "constant" and o.arguments.isdecimal()]
+            if steps:
+                return int(steps[0])
+        return 1
 
     def _moved(self, instruction: Instruction, inside: Computation) -> int:
         """Bytes that a kernel reads from and writes to main memory."""
@@ -278,8 +299,7 @@ class _Walk:
                 return whole
         return min(read, whole)
 
-    def _communicate(self, instruction: Instruction, inside: Computation, times: int) -> None:
-        kind = _kind(instruction.opcode)
+    def _communicate(self, kind: str, instruction: Instruction, inside: Computation, times: int) -> None:
         results = instruction.arrays
         if instruction.opcode == "all-gather-start":  # its result is (operands, gathered)
             results = results[len(results) // 2 :]
@@ -287,7 +307,7 @@ class _Walk:
         group = _group(instruction.attributes, math.prod(self.axes.values()))
         if len(group) < 2:
             return
-        self._add(str(kind), self._axes_of(group), len(group), times, size)
+        self._add(kind, self._axes_of(group), len(group), times, size)
 
     def _add(self, kind: str, axes: str, group: int, times: int, size: int) -> None:
         count, total = self.collectives.get((kind, axes, group), (0, 0))

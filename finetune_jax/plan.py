@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -45,7 +46,7 @@ from finetune_jax.tasks import Task
 
 PLANS = "plans"
 """Folder of the cache: what was read of programs that were compiled before."""
-PLANS_VERSION = 1
+PLANS_VERSION = 2
 CLOSE = 0.03
 """The largest batch is searched to within this share."""
 
@@ -341,7 +342,8 @@ class Subject:
 
     def _compile(self, lowered: Any, target: Target, job: Job) -> dict[str, Any]:
         """What a program needs and does, as JSON values; kept, by the program's text and the compiler's version."""
-        key = (PLANS_VERSION, str(target), compiler_version(target), jax.__version__, lowered.as_text())
+        compiler = (compiler_version(target), jax.__version__, *compiler_options())
+        key = (PLANS_VERSION, str(target), compiler, lowered.as_text())
         file = self.cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
@@ -365,6 +367,13 @@ class Subject:
         draft.write_text(json.dumps(found), encoding="utf-8")
         draft.rename(file)
         return found
+
+
+def compiler_options() -> tuple[Any, ...]:
+    """What else decides what a compiler makes of a program."""
+    efforts = ("jax_exec_time_optimization_effort", "jax_memory_fitting_effort", "jax_optimization_level")
+    flags = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+    return (*(str(getattr(jax.config, name)) for name in efforts), *(os.environ.get(name) for name in flags))
 
 
 @contextlib.contextmanager

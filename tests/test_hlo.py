@@ -103,6 +103,52 @@ ENTRY %main (x: f32[10]) -> f32[10] {
     assert read_program(text, {"data": 1}).bytes == 40 + 40
 
 
+def test_a_loop_that_counts_by_two():
+    text = """
+%body (state: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %state = (s32[], f32[4,4]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[4,4] get-tuple-element(%state), index=1
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %one = f32[4,4] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %other = f32[4,4] dot(%one, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %both = (s32[], f32[4,4]) tuple(%next, %other)
+}
+
+%condition (state.1: (s32[], f32[4,4])) -> pred[] {
+  %state.1 = (s32[], f32[4,4]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(8)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x.1: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %x.1 = (s32[], f32[4,4]) parameter(0)
+  ROOT %loop = (s32[], f32[4,4]) while(%x.1), condition=%condition, body=%body
+}
+"""
+    assert read_program(text, {"data": 1}).flops == 4 * 2 * (2 * 4**3)
+
+
+def test_a_reduce_scatter_of_a_tpu_is_one():
+    text = """
+%all-reduce-scatter.1 (x: f32[64]) -> f32[8] {
+  %x = f32[64]{0} parameter(0)
+  %sum = f32[64]{0} all-reduce(%x), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %mine = f32[8]{0} dynamic-slice(%sum, %zero), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (y: f32[64]) -> f32[8] {
+  %y = f32[64]{0} parameter(0)
+  ROOT %fusion = f32[8]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (found,) = read_program(text, {"data": 1, "fsdp": 8}).collectives
+    assert found == Collective("reduce-scatter", "fsdp", 8, 1, 256)
+
+
 def test_transfers_between_slices_are_seen():
     text = """
 ENTRY %main (x: f32[10]) -> f32[10] {

@@ -307,51 +307,6 @@ def test_chips_devices_and_neighbours():
     assert [str(t) for t in sizes.values()] == list(sizes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The real compilers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def needs(package):
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
-
-
-@pytest.fixture
-def compilers(monkeypatch):
-    """As the command line prepares them."""
-    for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-
-
-REAL = [
-    pytest.param("v5e:2x2", marks=[pytest.mark.tpu_compile, needs("libtpu")]),
-    pytest.param("h100:4", marks=[pytest.mark.cuda_compile, needs("jax_cuda12_plugin")]),
-]
-
-
-@pytest.mark.parametrize("target", REAL)
-def test_the_real_compiler_keeps_the_theory(compilers, target):
-    estimate, _ = of(recipe(dtype="bfloat16"), target)
-    assert estimate.fits
-    assert estimate.program.flops == pytest.approx(estimate.minimum_flops, rel=0.01)
-    assert {c.kind for c in estimate.program.collectives} == {"all-reduce"}
-    # Gradients of bfloat16 products are summed over devices in bfloat16.
-    sent = sum(c.bytes for c in estimate.program.collectives)
-    assert 0.5 * estimate.memory.parameters <= sent <= estimate.memory.parameters + 64
-    state = estimate.memory.parameters + estimate.memory.optimizer
-    assert state <= estimate.donated <= state + estimate.memory.padding + 100
-
-
-@pytest.mark.parametrize(
-    "target", [pytest.param("v5e:2x2:2", marks=[pytest.mark.tpu_compile, needs("libtpu")])]
-)
-def test_slices_talk_over_the_network(compilers, target):
-    estimate, _ = of(recipe("resnet"), target)
-    assert estimate.bounds["network"] > 0
-    assert "data between slices" in {c.axes for c in estimate.program.collectives}
-
-
 def test_state_bytes_are_what_an_estimate_counts(here):
     estimate, _ = of(recipe())
     subject = plan.Subject.open(recipe(), WORK)
