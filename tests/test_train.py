@@ -114,9 +114,10 @@ DATA, FSDP, TENSOR, MIXED = (
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [
-        *(("text", mesh) for mesh in (DATA, FSDP, TENSOR)),
-        *(pytest.param("image", mesh, marks=pytest.mark.slow) for mesh in (FSDP, TENSOR)),
-        *(("image", mesh) for mesh in (DATA, MIXED)),
+        *(("text", mesh) for mesh in (FSDP, TENSOR)),
+        *(pytest.param("image", mesh, marks=pytest.mark.slow) for mesh in (DATA, FSDP, TENSOR)),
+        pytest.param("text", DATA, marks=pytest.mark.slow),
+        ("image", MIXED),
         ("token", MIXED),
     ],
 )
