@@ -261,7 +261,7 @@ class CheckpointWriter:
         self._current: _Saving | None = None
         self._failure: str | None = None
         if jax.process_index() == 0:
-            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            storage.make(self.checkpoints.folder)
             for left in self.checkpoints.unfinished():  # by a process that was killed
                 storage.remove(left)
         self._saver = ocp.AsyncCheckpointer(

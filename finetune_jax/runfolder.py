@@ -108,7 +108,7 @@ def open_run_folder(config: Config, run: Folder, job: Job, source: Source, shape
     first = jax.process_index() == 0
     if first:
         try:
-            run.mkdir(parents=True, exist_ok=True)
+            storage.make(run)
         except OSError as error:
             raise UserError(f"{run} cannot be made: {error.strerror}; name another --workdir") from error
     try:

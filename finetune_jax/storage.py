@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def place(name: str | os.PathLike[str]) -> Folder:
     """A folder by its name: absolute, `~` and variables put in.
 
     Raises:
-        UserError: It is in a bucket and the package that reads buckets is missing, or it is another kind of URL.
+        UserError: It is in a bucket that cannot be reached, or the package that reads buckets is missing; or it is another
+            kind of URL.
     """
     text = os.path.expandvars(os.fspath(name))
     scheme, slashes, rest = text.partition("://")
@@ -57,12 +59,24 @@ def place(name: str | os.PathLike[str]) -> Folder:
 
     # TensorStore and other processes write there too.
     conf.setdefault("gcs", {})["use_listings_cache"] = False
+    try:
+        _bucket().exists(text)
+    except Exception as error:  # of HTTP, of the credentials, of the network
+        raise UserError(
+            f"{text} cannot be reached ({_one_line(error)}); `gcloud auth application-default login` gives credentials"
+        ) from error
     return epath.Path(text.rstrip("/"))
 
 
 def in_bucket(path: Folder) -> bool:
     """Whether it is not on a disk."""
     return str(path).startswith(BUCKET)
+
+
+def make(folder: Folder) -> None:
+    """With its parents. A bucket has no folders, and is never made here."""
+    if not in_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def files_under(folder: Folder) -> dict[str, Folder]:
@@ -136,7 +150,7 @@ class Mirror:
         self._sent: dict[str, tuple[int, int]] = {}
         if not isinstance(folder, epath.Path):
             self.local = Path(folder)
-            self.local.mkdir(parents=True, exist_ok=True)
+            make(folder)
             return
         self._folder = folder
         self.local = self._end.enter_context(signals.scratch(Path(tempfile.mkdtemp(prefix="finetune_jax-"))))
@@ -166,7 +180,7 @@ class Mirror:
                 _bucket().pipe_file(f"{self._folder}/{name}", file.read_bytes())
             except Exception as error:  # of HTTP, of the bucket's rights, of the network
                 raise UserError(
-                    f"{self._folder}/{name} cannot be written: {' '.join(str(error).split())[:200]}; the same command goes on"
+                    f"{self._folder}/{name} cannot be written ({_one_line(error)}); the same command goes on"
                 ) from error
             self._sent[name] = version
 
@@ -213,12 +227,12 @@ def _held_object(lock: epath.Path) -> Iterator[None]:
         filelock.Timeout: It was renewed.
     """
     owner = f"process {os.getpid()} on {socket.gethostname()}"
-    text = ""
+    ours: deque[str] = deque(maxlen=4)
+    """The last that were sent: of one that failed it is not known whether it arrived."""
 
     def renewed() -> bytes:
-        nonlocal text
-        text = json.dumps({"owner": owner, "renewal": uuid.uuid4().hex})
-        return text.encode()
+        ours.append(json.dumps({"owner": owner, "renewal": uuid.uuid4().hex}))
+        return ours[-1].encode()
 
     def read() -> str | None:
         try:
@@ -227,9 +241,15 @@ def _held_object(lock: epath.Path) -> Iterator[None]:
             return None
 
     while True:
-        with contextlib.suppress(FileExistsError):
+        try:
             _bucket().pipe_file(str(lock), renewed(), mode="create")
             break
+        except FileExistsError:
+            pass
+        except Exception as error:
+            raise UserError(
+                f"{lock} cannot be written ({_one_line(error)}); is there such a bucket, and the right to write to it?"
+            ) from error
         seen, limit = read(), time.monotonic() + 3 * RENEW_SECONDS
         print(
             f"finetune-jax: {lock} is there; waiting up to {3 * RENEW_SECONDS:.0f} s whether its owner lives",
@@ -247,7 +267,7 @@ def _held_object(lock: epath.Path) -> Iterator[None]:
     def renew() -> None:
         while not ended.wait(RENEW_SECONDS):
             with contextlib.suppress(Exception):  # the bucket is not reached: the next time it may be
-                if read() != text:
+                if read() not in ours:
                     # Slept too long, as a suspended machine does. What is not saved is the other's to do again.
                     print(
                         f"finetune-jax: {lock} was taken over by another process; this one ends",
@@ -265,6 +285,10 @@ def _held_object(lock: epath.Path) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(Exception):
             lock.unlink(missing_ok=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _version(file: Path) -> tuple[int, int]:

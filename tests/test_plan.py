@@ -233,6 +233,7 @@ def test_what_does_not_fit_is_said_and_what_helps_is_tried(here, monkeypatch, ca
     assert figures["tried"]
 
 
+@pytest.mark.slow
 def test_auto_finds_the_largest_batch(here, monkeypatch):
     monkeypatch.setitem(BERT, "num_hidden_layers", 1)
     limit = of(recipe(batch=10), "v5e:1x1")[0].memory.peak

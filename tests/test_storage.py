@@ -7,9 +7,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -120,12 +120,52 @@ def test_a_mirror_sends_what_has_changed(folder, monkeypatch):
         assert not local.exists()
 
 
-def test_a_bucket_that_is_not_there_is_said(bucket):
+def test_a_bucket_that_is_not_there_is_said(bucket, monkeypatch):
+    none = storage.place("gs://none/x")
     with (
-        pytest.raises(UserError, match="gs://none/x/a cannot be written"),
-        storage.Mirror(storage.place("gs://none/x")) as local,
+        pytest.raises(UserError, match=r"gs://none/x/.lock cannot be written .*is there such a bucket"),
+        storage.hold(none),
     ):
+        pass
+
+    def refuse(*_):
+        raise OSError("Forbidden: no right\nto see it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_bucket", lambda: type("B", (), {"exists": refuse, "pipe_file": refuse})())
+        with pytest.raises(
+            UserError, match=r"gs://none/x cannot be reached \(Forbidden: no right to see it\)"
+        ):
+            storage.place("gs://none/x")
+    far = storage.place(f"{bucket}/x")
+    monkeypatch.setattr(storage, "_bucket", lambda: type("B", (), {"pipe_file": refuse})())
+    with pytest.raises(UserError, match="gs://bucket/x/a cannot be written"), storage.Mirror(far) as local:
         (local / "a").write_text("")
+
+
+def test_a_renewal_that_fails_once_loses_no_lock(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "RENEW_SECONDS", 0.2)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("it gave up"))
+    run = storage.place(f"{bucket}/{tmp_path.name}")
+    real, failed = storage._bucket(), threading.Event()
+
+    class Once:
+        """Of a renewal nobody knows whether it arrived."""
+
+        def pipe_file(self, *words, **named):
+            if not named and not failed.is_set():
+                failed.set()
+                raise OSError("no answer")
+            real.pipe_file(*words, **named)
+
+    monkeypatch.setattr(storage, "_bucket", Once)
+    with storage.hold(run):
+        assert failed.wait(10)
+        held = (run / storage.LOCK_FILE).read_text()
+        limit = time.monotonic() + 10
+        while (run / storage.LOCK_FILE).read_text() == held:
+            assert time.monotonic() < limit, "it goes on renewing"
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("name", ["s3://bucket/x", "gs://", "gs:///", "https://x/y"])
@@ -295,9 +335,8 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, tmp_path):
     with pytest.raises(UserError, match=r"begun with another config: seed 0 -> 1"):
         train(dataclasses.replace(config, seed=1), far)
 
+    (one, weights), (two, far_weights) = (open_model(str(place)) for place in (disk, far))
     line = [{"text": "a cat"}]
-    one, two = (list(predict(*open_model(str(place)), line)) for place in (disk, far))
-    assert one == two
+    assert list(predict(one, weights, line)) == list(predict(two, far_weights, line))
+    assert all(np.array_equal(weights[path], far_weights[path]) for path in weights)
     assert export(run, tmp_path / "hf", verify=True) == 0.0
-    weights = [jax.device_get(open_model(str(place))[1]) for place in (disk, far)]
-    assert all(np.array_equal(weights[0][path], weights[1][path]) for path in weights[0])

@@ -54,7 +54,7 @@ def assert_same_bits(one, two):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-@pytest.mark.parametrize("kind", ["token", "image"])
+@pytest.mark.parametrize("kind", ["token", pytest.param("image", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_bit_identical(kind, tmp_path, one_device, monkeypatch):
     """20 updates = 10 updates, stop, 10 more: state, BatchNorm, optimizer, numbers, example ids.
 
@@ -114,9 +114,11 @@ DATA, FSDP, TENSOR, MIXED = (
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [
-        *(("text", mesh) for mesh in (FSDP, TENSOR)),
-        *(pytest.param("image", mesh, marks=pytest.mark.slow) for mesh in (DATA, FSDP, TENSOR)),
-        pytest.param("text", DATA, marks=pytest.mark.slow),
+        *(
+            pytest.param(kind, mesh, marks=pytest.mark.slow)
+            for kind in ("text", "image")
+            for mesh in (DATA, FSDP, TENSOR)
+        ),
         ("image", MIXED),
         ("token", MIXED),
     ],

@@ -59,7 +59,7 @@ def on_eight(tmp_path_factory):
     ("kind", "devices", "mesh"),
     [
         ("text", 1, MeshConfig()),
-        ("text", 4, MeshConfig(1, 4, 1, smallest_split=0)),
+        pytest.param("text", 4, MeshConfig(1, 4, 1, smallest_split=0), marks=pytest.mark.slow),
         pytest.param("image", 2, MeshConfig(), marks=pytest.mark.slow),
         pytest.param("image", 8, MeshConfig(2, 2, 2, smallest_split=0), marks=pytest.mark.slow),
     ],

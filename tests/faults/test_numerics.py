@@ -58,7 +58,7 @@ def newest(run):
     [
         ("text", "nan"),
         pytest.param("text", "infinite", marks=pytest.mark.slow),
-        ("text", "gradient"),
+        pytest.param("text", "gradient", marks=pytest.mark.slow),
         ("image", "nan"),
     ],
 )

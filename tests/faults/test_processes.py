@@ -152,7 +152,6 @@ def test_a_signal_to_one_of_four_stops_all_at_one_step_and_one_alone_goes_on(job
     read = [dict(map(json.loads, (folder / f"read-by-{i}-of-4").read_text().splitlines())) for i in range(4)]
     for number in range(step):
         ids = [set(notes[number]) for notes in read]
-        assert all(ids), "each reads some"
         assert sum(map(len, ids)) == len(set().union(*ids)), "none twice"
         assert set().union(*ids) == set(batches.example_ids(number).tolist()), "all of them"
     assert "SIGTERM: saving" not in started.said()[0], (
