@@ -316,12 +316,12 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, tmp_path):
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=2, keep=2))
     one_device = jax.devices()[:1]
     disk, far = tmp_path / "disk", f"{bucket}/{tmp_path.name}/run"
-    expected = train(config, disk, one_device)
+    expected = train(config, disk, devices=one_device)
     with pytest.raises(Stopped):
-        train(config, far, one_device, stop_at=3)
+        train(config, far, devices=one_device, stop_at=3)
     run = storage.place(far)
     assert [row["step"] for row in tiny.rows(storage.local_copy(run))][-1] == 3
-    found = train(config, far, one_device)
+    found = train(config, far, devices=one_device)
     assert found["metrics"] == expected["metrics"]
     files = storage.files_under(run)
     for name in ("metrics.jsonl", "model/config.json", "config.json"):
@@ -333,9 +333,11 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, tmp_path):
     assert Checkpoints(run).steps() == kept
     assert Checkpoints(run).leaves(kept[-1]) == Checkpoints(disk).leaves(kept[-1])
 
-    assert train(config, far, one_device)["metrics"] == expected["metrics"], "complete: nothing is done again"
+    assert train(config, far, devices=one_device)["metrics"] == expected["metrics"], (
+        "complete: nothing is done again"
+    )
     with pytest.raises(UserError, match=r"begun with another config: seed 0 -> 1"):
-        train(dataclasses.replace(config, seed=1), far, one_device)
+        train(dataclasses.replace(config, seed=1), far, devices=one_device)
 
     (one, weights), (two, far_weights) = (open_model(str(place)) for place in (disk, far))
     line = [{"text": "a cat"}]
