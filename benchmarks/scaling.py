@@ -50,6 +50,7 @@ BERT_LARGE = {
     "num_attention_heads": 16,
     "intermediate_size": 4096,
 }
+FIGURES = ("memory, GB", "FLOPs", "of minimum", "HBM, GB", "collectives", "step, ms", "bound by")
 KNOB_TARGETS = ("v5e:2x4", "h100:8")
 
 
@@ -102,20 +103,12 @@ def weak(recipe: Callable[[int], tuple[Config, Workload]]) -> Iterator[tuple[str
     yield (
         "target",
         "chips",
-        "memory, GB",
-        "FLOPs",
-        "of minimum",
-        "HBM, GB",
-        "collectives",
-        "step, ms",
-        "bound by",
+        *FIGURES,
         "examples/s",
     )
     for kind, shapes in TARGETS.items():
         for shape in shapes:
-            chips = 1
-            for side in shape.split("x"):
-                chips *= int(side)
+            chips = parse_target(f"{kind}:{shape}").chips
             estimate = one(*recipe(chips), f"{kind}:{shape}")
             yield (
                 f"{kind}:{shape}",
@@ -131,13 +124,7 @@ def knobs(rows: list[tuple[str, tuple[Config, Workload]]]) -> Iterator[tuple[str
         "target",
         "knobs",
         "fits",
-        "memory, GB",
-        "FLOPs",
-        "of minimum",
-        "HBM, GB",
-        "collectives",
-        "step, ms",
-        "bound by",
+        *FIGURES,
     )
     for target in KNOB_TARGETS:
         for words, (config, workload) in rows:
@@ -149,7 +136,7 @@ def knobs(rows: list[tuple[str, tuple[Config, Workload]]]) -> Iterator[tuple[str
 def figures(estimate: Estimate) -> tuple[str, ...]:
     """Of one device and step; dashes where the compiler gave up."""
     if estimate.program is None or estimate.memory is None:
-        return ("-",) * 7
+        return ("-",) * len(FIGURES)
     program, bounds = estimate.program, estimate.bounds
     collectives = ", ".join(
         f"{c.kind} {c.axes} {c.bytes / 1e6:,.0f} MB" for c in program.collectives if c.bytes >= 1e5
