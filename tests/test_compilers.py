@@ -18,15 +18,17 @@ from tests.test_plan import of, recipe
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 CASED = {"vocab_size": 28996}
+RESNET18 = {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+RESNET50 = {"hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3]}
 # Examples, word pieces of one, labels; of the model what the recipe finds in a checkpoint that is not here; the machines that its
 # docstring names, or else one chip of each kind.
 RECIPES = {
     "banking77": (Workload(10003, 14, 77), MINILM, ()),
-    "cifar10_frozen": (Workload(50000, 1, 10), {"layer_type": "basic", "hidden_sizes": [64, 128]}, ()),
+    "cifar10_frozen": (Workload(50000, 1, 10), RESNET18, ()),
     "cifar10_resnet18": (Workload(50000, 1, 10), None, ()),
     "conll2003_ner": (Workload(14042, 22, 9), CASED, ("v3:2x2", "h100:1")),
     "digits_resnet": (Workload(1437, 1, 10), None, ()),
-    "imagenet_resnet50": (Workload(1281167, 1, 1000), {"hidden_sizes": [256, 512]}, ("v3:4x4", "h100:8")),
+    "imagenet_resnet50": (Workload(1281167, 1, 1000), RESNET50, ("v3:4x4", "h100:8")),
     "resume_ner": (Workload(3821, 32, 25), None, ()),
     "sst2": (Workload(67349, 13, 2), CASED, ("v3:2x2", "h100:1")),
     "sst2_local": (Workload(67349, 13, 2), MINILM, ()),
@@ -72,14 +74,14 @@ def compilers(monkeypatch):
 
 
 def shipped(name, layers):
-    """A recipe with a model of so many layers (or one block a stage), and a stand-in for its data."""
+    """A recipe with a model of so many layers (or of two stages of one block), and a stand-in for its data."""
     workload, sizes, _ = RECIPES[name]
     config = load_recipe(str(CONFIGS / f"{name}.py"))
     sizes = dict(config.model.hf_config if sizes is None else sizes)
     if layers is not None and config.model.family == "bert":
         sizes["num_hidden_layers"] = layers
     elif layers is not None:
-        sizes["depths"] = [1] * len(sizes["hidden_sizes"])
+        sizes["hidden_sizes"], sizes["depths"] = sizes["hidden_sizes"][:2], [1, 1]
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, pretrained=None, hf_config=sizes)
     ), workload
