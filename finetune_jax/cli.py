@@ -31,6 +31,8 @@ class Train:
     """A recipe, such as configs/sst2_local.py; a run folder that is begun needs none."""
     allow_change: tuple[str, ...] = ()
     """Config fields in which a run that goes on may differ from how it began, such as train.epochs."""
+    profile: int = 0
+    """Write a trace of so many steps, after a few that warm up, into the run folder, for TensorBoard."""
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     overrides: Overrides = dataclasses.field(default_factory=Config)
 
@@ -40,7 +42,7 @@ class Train:
 
         runtime.join(self.distributed)
         try:
-            train(self.overrides, self.workdir, allow_change=self.allow_change)
+            train(self.overrides, self.workdir, allow_change=self.allow_change, profile=self.profile)
         except Stopped as stopped:
             print(f"finetune-jax: {stopped}", file=sys.stderr)
             return stopped.code

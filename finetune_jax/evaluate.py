@@ -62,14 +62,13 @@ class Forward:
         shape = evaluation_shape(examples, batch_size, max_length, packing)
         self._job, self._examples, self._threads, self._patience = job, examples, threads, patience
         self._batches = Batches(examples, shape, None, packing, parts=batch_parts(job.mesh), mesh=job.mesh)
-        self._compiled: Any = None
+        self.compiled: Any = None
+        """Of what `lower` gives; made at first use where nobody has set it."""
 
-    def compile(self, weights: Flat) -> None:
-        """Ahead of use; `weights` gives shapes and shardings."""
-        if self._compiled is None:
-            batch = abstract_batch(self._batches[0], self._batches.rows, self._job.mesh)
-            step = make_forward(self._job.task, self._job.parts)
-            self._compiled = lower_forward(step, weights, batch, self._job.mesh).compile()
+    def lower(self, weights: Flat) -> Any:
+        """Ready to compile; `weights` gives shapes and shardings."""
+        batch = abstract_batch(self._batches.blank(), self._batches.rows, self._job.mesh)
+        return lower_forward(make_forward(self._job.task, self._job.parts), weights, batch, self._job.mesh)
 
     def logits(
         self, weights: Flat, stop: Callable[[], bool] = lambda: False
@@ -79,7 +78,8 @@ class Forward:
         Raises:
             Interrupted: `stop` said so.
         """
-        self.compile(weights)
+        if self.compiled is None:
+            self.compiled = self.lower(weights).compile()
         collected = np.zeros((self._examples.outputs, self._job.task.num_labels), np.float32)
         sums: metrics.Sums = {}
         pending: list[tuple[int, Any]] = []
@@ -87,7 +87,7 @@ class Forward:
         for step, batch in enumerate(batches):
             if stop():
                 raise Interrupted
-            pending.append((step, self._compiled(weights, batch)))
+            pending.append((step, self.compiled(weights, batch)))
             if step:  # read one batch late: the device works on while the host copies
                 sums = self._collect(collected, sums, *pending.pop(0))
         return collected, self._collect(collected, sums, *pending.pop())

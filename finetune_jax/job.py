@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from finetune_jax import storage
 from finetune_jax.checkpoint import DIRECTORY, Checkpoints
-from finetune_jax.config import Config, MeshConfig, ModelConfig, load_saved, nearest
+from finetune_jax.compiling import use_cache
+from finetune_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_saved, nearest
 from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.sources import Source, cache_root, load_source
 from finetune_jax.data.text import load_tokenizer
@@ -286,6 +287,7 @@ def open_model(
     Raises:
         UserError: It is neither, or has no head that a task here knows.
     """
+    use_cache(cache_root(DataConfig()))
     path = storage.place(model)
     run = is_run(path)
     if storage.in_bucket(path) and not run:

@@ -19,9 +19,10 @@ import numpy as np
 
 from finetune_jax import metrics, runtime, signals
 from finetune_jax.checkpoint import CheckpointWriter, Progress
+from finetune_jax.compiling import compile_all, recompilations, use_cache
 from finetune_jax.config import Config, to_dict, validate
 from finetune_jax.data.pipeline import Batches, Unreadable, device_batches, padding_share, train_shape
-from finetune_jax.data.sources import Source
+from finetune_jax.data.sources import Source, cache_root
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
 from finetune_jax.job import (
@@ -33,6 +34,7 @@ from finetune_jax.job import (
     open_source,
     pretrained_weights,
 )
+from finetune_jax.meter import Meter, Trace
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder
 from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
 from finetune_jax.state import TrainState, create_state, initial_weights, parameter_counts, parameter_table
@@ -60,6 +62,7 @@ def train(
     devices: Devices | None = None,
     stop_at: int | None = None,
     allow_change: Sequence[str] = (),
+    profile: int = 0,
 ) -> dict[str, Any]:
     """Fine-tune as the config says, or go on with what is in the run folder.
 
@@ -69,6 +72,7 @@ def train(
         devices: Train on these; None takes all.
         stop_at: Save and stop after this many updates, as a signal at that step would.
         allow_change: Config fields in which a run that goes on may differ from how it began.
+        profile: Write a trace of so many steps into the run folder.
 
     Returns:
         What result.json holds.
@@ -78,7 +82,10 @@ def train(
         Stopped: By SIGTERM, SIGINT or `stop_at`.
     """
     config, run = validate(config), place(workdir)
+    if profile < 0:
+        raise UserError(f"profile is {profile}, must be at least 0: steps to trace")
     signals.phase("preparing")
+    use_cache(cache_root(config.data))
     fields = flat_fields(to_dict(config)).items()
     runtime.check_agreement({name: value for name, value in fields if name not in OF_ONE_HOST}, "configs")
     check_same_config(config, run, allow_change)
@@ -87,7 +94,7 @@ def train(
     with open_run_folder(config, run, setup.job, setup.source, setup.batches.shape):
         saver = CheckpointWriter(run, config.checkpoint.keep, config.checkpoint.keep_every_steps)
         with contextlib.closing(saver):
-            return fit(setup, run, saver, stop_at)
+            return fit(setup, run, saver, stop_at, profile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +149,9 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     return Setup(config, job, source, metric, examples, batches, total_steps, updates, state, note)
 
 
-def fit(setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None) -> dict[str, Any]:
+def fit(
+    setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None, profile: int = 0
+) -> dict[str, Any]:
     """Restore, compile, loop, result."""
     config, job, batches, total_steps = setup.config, setup.job, setup.batches, setup.total_steps
     restored = saver.checkpoints.restore(setup.state)
@@ -163,22 +172,25 @@ def fit(setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None)
     # ----------------------------------------------------------------------------------------------------------------
     signals.phase("compiling")
     compiling = time.perf_counter()
-    train_step = lower_train_step(
-        make_train_step(
-            job.task, job.parts, setup.updates.optimizer, setup.updates.schedule, config.train.accumulation
-        ),
-        state,
-        abstract_batch(batches[0], batches.rows, job.mesh),
-        job.mesh,
-    ).compile()
     size, data = config.evaluation.batch_size, config.data
     forwards = {
         split: Forward(job, examples, size, data.max_length, data.packing, data.threads, data.stall_seconds)
         for split, examples in setup.examples.items()
         if split != "train"
     }
-    for forward in forwards.values():
-        forward.compile(state.weights)
+    lowered = {split: forward.lower(state.weights) for split, forward in forwards.items()}
+    lowered["train"] = lower_train_step(
+        make_train_step(
+            job.task, job.parts, setup.updates.optimizer, setup.updates.schedule, config.train.accumulation
+        ),
+        state,
+        abstract_batch(batches.blank(), batches.rows, job.mesh),
+        job.mesh,
+    )
+    compiled = compile_all(lowered)
+    train_step = compiled["train"]
+    for split, forward in forwards.items():
+        forward.compiled = compiled[split]
     say_compiled(train_step, time.perf_counter() - compiling)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -187,38 +199,56 @@ def fit(setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None)
     # ----------------------------------------------------------------------------------------------------------------
     writer = Writer(run, config.train.tensorboard, step, total_steps)
     meter = Meter(batches, step)
+    trace = Trace(run, profile, total_steps - step)
     unreadable: list[Unreadable] = []
     validation = Validation(setup, forwards.get("validation"), writer, progress, unreadable)
     if step == 0:
-        writer.write("data", 0, {"skipped_records": len(setup.source.skipped)})
+        skipped = {"skipped_records": len(setup.source.skipped)}
+        writer.write("data", 0, skipped | padding_row(batches))
     pending: tuple[int, Any] | None = None
+    sums: Any = None
+    late = Late(writer)
 
     def write_pending() -> None:
         nonlocal pending
         if pending is not None:
-            write_train_row(setup, writer, meter, *pending)
+            with meter.during("device"):
+                values = jax.device_get(pending[1])
+            write_train_row(setup, writer, meter, pending[0], values)
             pending = None
 
     def save() -> None:
         """The rows first: what goes on from a checkpoint does not write those before it again."""
         write_pending()
-        writer.send()
-        saver.save(state, progress)
+        with meter.during("saving"):
+            writer.send()
+            saver.save(state, progress)
+
+    def measure() -> None:
+        write_pending()  # before the evaluation's row, also where that is repeated
+        with meter.during("evaluation"):
+            validation.measure(state, step, stop)
 
     signals.phase("training")
-    with contextlib.closing(writer):
+    with contextlib.ExitStack() as end:
+        end.enter_context(contextlib.closing(writer))
         with signals.at_stake(config.checkpoint.grace_seconds) as watch:
             stop = runtime.Stop(watch)
             if progress.unevaluated:
-                validation.measure(state, step, stop)
+                measure()
             ahead = device_batches(batches, job.mesh, progress.next_batch, data.threads, data.stall_seconds)
-            for batch in () if progress.unevaluated else until_unreadable(ahead, unreadable):
+            readable = () if progress.unevaluated else until_unreadable(ahead, unreadable)
+            for batch in meter.waiting_for("input", readable):
                 if progress.stale >= patience:
                     writer.say(
                         f"no better {setup.metric} in {patience} evaluations: training ends at step {step}"
                     )
                     break
-                state, sums = train_step(state, batch)
+                trace.before_step(sums)
+                with meter.during("device"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    before = sums
+                    state, sums = train_step(state, batch)
+                    jax.block_until_ready(before)
                 step += 1
                 progress.next_batch = step
                 write_pending()
@@ -227,8 +257,7 @@ def fit(setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None)
                 saver.check()
                 evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
                 if evaluating:
-                    write_pending()  # before the evaluation's row, also where that is repeated
-                    validation.measure(state, step, stop)
+                    measure()
                 stopping = stop() or step == stop_at or bool(unreadable)
                 every = config.checkpoint.every_steps
                 periodic = every is not None and step % every == 0
@@ -236,17 +265,21 @@ def fit(setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None)
                     save()
                 if stopping:
                     break
+                if not late.listening:  # all that a run does has been compiled before it, or done once
+                    end.enter_context(late)
             write_pending()
+            trace.close()
             signals.phase("saving")
             if unreadable and step and jax.process_count() == 1:  # of several, the others know nothing of it
                 save()
-            saver.finish()
+            with meter.during("saving"):
+                saver.finish()
             if unreadable:
                 raise UserError(f"{unreadable[0]}; the same command goes on from step {step}")
             if stop() or (step == stop_at and step < total_steps):
                 raise Stopped(step, 128 + (watch.requested or signal.SIGTERM))
         signals.phase("evaluating the result")
-        return finish(setup, run, saver, forwards, state, progress, validation, writer, meter)
+        return finish(setup, run, saver, forwards, state, progress, validation, writer, meter, late)
 
 
 def until_unreadable(batches: Iterator[Any], reason: list[Unreadable]) -> Iterator[Any]:
@@ -266,7 +299,8 @@ def finish(
     progress: Progress,
     validation: "Validation",
     writer: Writer,
-    meter: "Meter",
+    meter: Meter,
+    late: "Late",
 ) -> dict[str, Any]:
     """The result: the best checkpoint on validation and test, and result.json."""
     step = int(state.step)
@@ -292,11 +326,14 @@ def finish(
         "steps": step,
         "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
         **meter.summary(),
+        "compiled_after_warm_up": len(late.programs),
         "peak_memory_bytes": peak_memory_bytes(),
         "parameters": dict(zip(("trained", "total"), parameter_counts(state), strict=True)),
     }
     if jax.process_index() == 0:
         write_json(run / RESULT_FILE, result)
+    if (advice := meter.advice()) is not None:
+        say(advice)
     kept = saver.checkpoints.steps()
     total = sum(map(saver.checkpoints.bytes_of, kept))
     say(f"checkpoints of steps {kept}: {total / 1e6:,.1f} MB in {saver.checkpoints.folder}")
@@ -397,34 +434,34 @@ def is_boundary(every: int | None, step: int, batches: Batches, total_steps: int
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Meter:
-    """Examples and real tokens a second, without the time of compiling."""
+class Late:
+    """Says what is compiled after the warm-up, and counts it: a step that takes a minute instead of a second has a reason.
 
-    def __init__(self, batches: Batches, start: int) -> None:
-        self._batches = batches
-        self._begin = self._since = time.perf_counter()
-        self._counted = start
-        self._examples = self._tokens = 0
+    A context manager; hears from its beginning to its end.
+    """
 
-    def rates(self, step: int) -> dict[str, float]:
-        """Since the last call."""
-        now = time.perf_counter()
-        examples = tokens = 0
-        for done in range(self._counted, step):
-            segments = self._batches.placement(done).segment
-            examples += len(segments)
-            tokens += self._batches.examples.tokens_of(segments)
-        seconds, steps = max(now - self._since, 1e-9), step - self._counted
-        self._since, self._counted = now, step
-        self._examples, self._tokens = self._examples + examples, self._tokens + tokens
-        rates = {"seconds_per_step": seconds / steps, "examples_per_second": examples / seconds}
-        return rates | ({"real_tokens_per_second": tokens / seconds} if tokens else {})
+    def __init__(self, writer: Writer) -> None:
+        self._writer, self._end = writer, contextlib.ExitStack()
+        self.listening = False
+        self.programs: list[str] = []
 
-    def summary(self) -> dict[str, float]:
-        """Over the whole of this process's training, evaluations and saves included."""
-        seconds = max(time.perf_counter() - self._begin, 1e-9)
-        rate = "real_tokens_per_second" if self._tokens else "images_per_second"
-        return {"train_seconds": seconds, rate: (self._tokens or self._examples) / seconds}
+    def __enter__(self) -> "Late":
+        self.listening = True
+        self._end.enter_context(recompilations(self._heard))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.close()
+
+    def _heard(self, program: str) -> None:
+        if program not in self.programs:
+            self._writer.say(f"compiled after the warm-up: {program}")
+        self.programs.append(program)
+
+
+def padding_row(batches: Batches) -> dict[str, float]:
+    """Share of the text batches' positions without a token, as metrics.jsonl has it; the same on any devices."""
+    return {} if batches.examples.lengths is None else {"padding": padding_share(batches)}
 
 
 def write_train_row(setup: Setup, writer: Writer, meter: Meter, step: int, sums: Any) -> None:
@@ -433,7 +470,7 @@ def write_train_row(setup: Setup, writer: Writer, meter: Meter, step: int, sums:
     Raises:
         UserError: Too many updates in a row were not finite.
     """
-    values, rates = metrics.means(jax.device_get(sums)), meter.rates(step)
+    values, rates = metrics.means(sums), meter.rates(step)
     in_a_row = int(values.pop("skipped_in_a_row"))
     values["skipped"] = int(values["skipped"])
     writer.write("train", step, {"epoch": setup.batches.epochs.locate(step - 1)[0], **values})

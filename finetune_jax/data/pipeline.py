@@ -151,16 +151,24 @@ class Batches:
         """Examples of the global batch, in the order of their places."""
         return self.examples.example_ids[self.placement(step).segment]
 
+    def blank(self) -> Batch:
+        """This process's share of a batch without an example: its shapes and dtypes."""
+        none = np.zeros(0, np.int32)
+        return self.examples.assemble(Placement(none, none, none, none), self._local_shape, None)
+
+    @property
+    def _local_shape(self) -> RowShape:
+        return replace(self.shape, rows=len(self.here))
+
     def __getitem__(self, step: int) -> Batch:
         epoch = None if self.seed is None else self.epochs.locate(step)[0]
-        local = replace(self.shape, rows=len(self.here))
-        return self.examples.assemble(self.placement(step).rows_of(self.here), local, epoch)
+        return self.examples.assemble(self.placement(step).rows_of(self.here), self._local_shape, epoch)
 
 
 def padding_share(batches: Batches) -> float:
-    """Share of a first epoch's positions that hold no token."""
+    """Share of a first epoch's positions that hold no token; rows added so that devices divide them are not counted."""
     plan = batches.epochs.plan(0)
-    positions = len(plan) * batches.rows * batches.shape.length
+    positions = len(plan) * batches.shape.rows * batches.shape.length
     return 1.0 - batches.examples.tokens_of(plan.segment) / positions
 
 

@@ -21,6 +21,7 @@ from finetune_jax.models.layers import (
     Linear,
     dropout,
     rematerialised,
+    softmax,
 )
 
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -121,8 +122,8 @@ class SelfAttention(nnx.Module):
         ) * ((D // self.heads) ** -0.5)
         # The lowest float, not -inf: with segments each position sees itself, but no mask may ever give NaN.
         scores_BxNxLxL = jnp.where(visible_Bx1xLxL, scores_BxNxLxL, jnp.finfo(jnp.float32).min)
-        weights_BxNxLxL = dropout(jax.nn.softmax(scores_BxNxLxL, axis=-1), self.dropout_rate, key)
-        mixed_BxNxLxH = jnp.einsum("bnqk,bnkh->bnqh", weights_BxNxLxL.astype(self.dtype), value_BxNxLxH)
+        weights_BxNxLxL = dropout(softmax(scores_BxNxLxL, self.dtype), self.dropout_rate, key)
+        mixed_BxNxLxH = jnp.einsum("bnqk,bnkh->bnqh", weights_BxNxLxL, value_BxNxLxH)
         return mixed_BxNxLxH.swapaxes(1, 2).reshape(B, L, D)
 
 

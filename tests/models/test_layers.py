@@ -6,26 +6,89 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from scipy.stats import chisquare
 
-from finetune_jax.models.layers import BatchNorm, Conv, dropout, max_pool
+from finetune_jax.models.layers import BatchNorm, Conv, dropout, max_pool, random_words, softmax
 
 
-@pytest.mark.parametrize("width", [64, 63])
-def test_dropout_rate_and_scaling(width):
-    x = jnp.full((400, width), 3.0)
+def test_dropout_rate_and_scaling():
+    x = jnp.full((400, 63), 3.0)
     dropped = np.asarray(dropout(x, 0.3, jax.random.key(0)))
     zeros = dropped == 0
     assert zeros.mean() == pytest.approx(0.3, abs=0.012)  # four standard deviations
-    np.testing.assert_allclose(dropped[~zeros], 3.0 / 0.7, rtol=1e-4)
+    np.testing.assert_allclose(dropped[~zeros], 3.0 / 0.7, rtol=1e-6)
     assert np.abs(zeros.mean(axis=0) - 0.3).max() < 0.12, "a column is treated otherwise than the rest"
-    half = width // 2  # the two halves of a row come from the same random words
-    assert abs(np.corrcoef(zeros[:, :half].ravel(), zeros[:, -half:].ravel())[0, 1]) < 0.05
+    assert not np.asarray(dropout(x, 1.0, jax.random.key(0))).any()
+
+
+def words(seed, shape=(2**20,)):
+    return np.asarray(random_words(jax.random.key(seed), shape))
+
+
+def test_random_words_are_their_formula_on_any_shape():
+    first, second = (int(word) for word in jax.random.key_data(jax.random.key(7)))
+
+    def formula(number):
+        word = number ^ first
+        word = (word ^ word >> 17) * 0xED5AD4BB % 2**32
+        word = (word ^ word >> 11 ^ second) * 0xAC4C1B51 % 2**32
+        word = (word ^ word >> 15) * 0x31848BAB % 2**32
+        return word ^ word >> 14
+
+    flat = words(7, (60,))
+    assert flat.tolist() == [formula(number) for number in range(60)]
+    assert words(7, (3, 4, 5)).ravel().tolist() == flat.tolist()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31])
+def test_random_words_are_even_and_independent(seed):
+    """Each bit, the bytes of a word, words near to each other, words of two keys: as chance would have them, at one in 10,000."""
+    drawn = words(seed)
+    count = len(drawn)
+    for bit in range(32):
+        assert abs((drawn >> bit & 1).mean() - 0.5) < 4 * 0.5 / count**0.5, bit
+    for shift in (0, 8, 16, 24):
+        assert chisquare(np.bincount(drawn >> shift & 255, minlength=256)).pvalue > 1e-4, shift
+    kept = drawn >= 0.1 * 2**32
+    others = {f"lag {lag}": np.roll(kept, lag) for lag in (1, 2, 3, 7, 64, 128, 384, 4096, 65536)}
+    others |= {f"key {other}": words(other) >= 0.1 * 2**32 for other in (seed + 1, seed + 2, seed + 2**16)}
+    split = [random_words(key, drawn.shape) for key in jax.random.split(jax.random.key(seed), 3)]
+    others |= {f"split {number}": np.asarray(part) >= 0.1 * 2**32 for number, part in enumerate(split)}
+    for name, other in others.items():
+        assert abs(np.corrcoef(kept, other)[0, 1]) < 4 / count**0.5, name
+
+
+def test_two_keys_with_one_word_in_common_share_no_sequence():
+    def of(first, second):
+        key = jax.random.wrap_key_data(jnp.asarray([first, second], jnp.uint32))
+        return set(np.asarray(random_words(key, (2**16,))).tolist())
+
+    by_chance = 2**16 * 2**16 / 2**32
+    for one, two in (((5, 6), (5, 7)), ((5, 6), (4, 6)), ((5, 6), (6, 5)), ((0, 0), (0, 1))):
+        common = len(of(*one) & of(*two))
+        # The same numbers in another order would be 65,536; the first word alone gives those of a neighbouring block.
+        assert common < 20 * by_chance or one[1] == two[1], (one, two)
 
 
 def test_dropout_without_key_or_rate_is_nothing():
     x = jnp.arange(6.0).reshape(2, 3)
     assert dropout(x, 0.5, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)])
+def test_softmax_and_its_gradient_are_torchs(dtype, near):
+    rng = np.random.default_rng(0)
+    x, gradient = (rng.normal(size=(3, 4, 17)).astype(np.float32) * 3 for _ in range(2))
+    value, back = jax.vjp(lambda x: softmax(x, dtype), jnp.asarray(x))
+    theirs = torch.tensor(x, requires_grad=True)
+    wanted = torch.softmax(theirs, -1)
+    wanted.backward(torch.tensor(gradient))
+    assert value.dtype == dtype
+    np.testing.assert_allclose(np.asarray(value, np.float32), wanted.detach(), atol=near)
+    (found,) = back(jnp.asarray(gradient, dtype))
+    assert theirs.grad is not None
+    np.testing.assert_allclose(found, theirs.grad, atol=near)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
