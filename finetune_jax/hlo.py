@@ -255,6 +255,10 @@ class _Walk:
         operands = [inside[name] for name in instruction.operands if name in inside]
         if opcode == "fusion":
             return self._moved_by_fusion(instruction, operands)
+        if opcode == "slice-start":  # a TPU's, ahead of use: its result is (operand, slice, a flag)
+            written = instruction.arrays[1:2]
+            read_from_memory = any(array.in_main_memory for array in operands[0].arrays)
+            return _main(written) + read_from_memory * written[0].bytes
         written = instruction.arrays[:1] if opcode.endswith("-start") else instruction.arrays
         if opcode in _SLICES:
             return _main(written) + min(_main(written), _main(operands[0].arrays))

@@ -46,7 +46,7 @@ from finetune_jax.tasks import Task
 
 PLANS = "plans"
 """Folder of the cache: what was read of programs that were compiled before."""
-PLANS_VERSION = 2
+PLANS_VERSION = 3
 CLOSE = 0.03
 """The largest batch is searched to within this share."""
 

@@ -160,3 +160,17 @@ ENTRY %main (x: f32[10]) -> f32[10] {
 """
     (found,) = read_program(text, AXES, slices=2).collectives
     assert found == Collective("all-reduce", "data between slices", 2, 1, 40)
+
+
+def test_a_slice_fetched_ahead_of_use_is_read_once_and_no_more_of_it():
+    """A TPU cuts what it will need into quarters and fetches each into the memory beside its cores (layout S(1))."""
+    lines = ["HloModule fetched", "", "ENTRY %main (p: f32[512,768]) -> f32[128,768] {"]
+    lines += ["  %p = f32[512,768]{1,0:T(8,128)} parameter(0)"]
+    for part in range(4):
+        lines += [
+            f"  %slice-start.{part} = ((f32[512,768]{{1,0:T(8,128)}}), f32[128,768]{{1,0:T(8,128)S(1)}}, s32[]{{:S(2)}})"
+            f" slice-start(%p), slice={{[{128 * part}:{128 * part + 128}], [0:768]}}",
+            f"  %slice-done.{part} = f32[128,768]{{1,0:T(8,128)S(1)}} slice-done(%slice-start.{part})",
+        ]
+    lines += ["  ROOT %copy = f32[128,768]{1,0:T(8,128)S(1)} bitcast(%slice-done.3)", "}", ""]
+    assert read_program("\n".join(lines), {"data": 1}).bytes == 4 * 512 * 768
