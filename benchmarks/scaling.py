@@ -68,7 +68,7 @@ def bert(size: dict, length: int, rows: int, **model) -> tuple[Config, Workload]
     config = Config(
         task=TaskConfig(name="sequence_classification"),
         model=ModelConfig(family="bert", hf_config=size, **{"dtype": "bfloat16", **model}),
-        data=DataConfig(packing=False, max_length=length),
+        data=DataConfig(batching="padded", max_length=length),
         optim=OptimConfig(learning_rate=2e-5),
         train=TrainConfig(epochs=3, batch_size=rows),
         evaluation=EvaluationConfig(batch_size=rows),

@@ -318,7 +318,7 @@ def check_names(words: list[str], known: list[str]) -> None:
             continue
         switched = re.sub(
             r"(^|\.)no-([^.]*)$", r"\1\2", option
-        )  # a switch is turned off as --data.no-packing
+        )  # a switch is turned off as --train.no-tensorboard
         if option not in known and switched not in known:
             raise UserError(f"unknown option {word}{nearest(option, known).replace('mean ', 'mean --')}")
 

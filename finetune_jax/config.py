@@ -134,8 +134,8 @@ class DataConfig:
     """ROLE COLUMN pairs where the names differ; roles: text, text_a, text_b, label, score, tokens, tags, image."""
     max_length: int = 128
     """Longest sequence in word pieces, special ones included; longer ones are cut, counted and reported."""
-    packing: bool = True
-    """Text: put several examples in one row, attention within each only. False: one example a row, padded to max_length."""
+    batching: Literal["packed", "buckets", "padded"] = "packed"
+    """Text: several examples a row, attention within each only; or one a row, rows as long as the next of four lengths that suit the data, texts of like length in a batch; or one a row, all rows as long as the longest text."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """Pixels."""
     threads: int = 4
@@ -189,7 +189,7 @@ class TrainConfig:
     steps: int | None = None
     """Updates; wins over epochs."""
     batch_size: int = 32
-    """Examples an update over all devices and micro-batches; with packing, on average."""
+    """Examples an update over all devices and micro-batches; packed, on average."""
     accumulation: int = 1
     """Micro-batches an update: memory of one, result of all."""
     log_every: int = 10
@@ -211,7 +211,7 @@ class EvaluationConfig:
     every_steps: int | None = None
     """Steps between evaluations on validation; None: after each epoch."""
     batch_size: int = 64
-    """Examples at once over all devices; with packing, on average."""
+    """Examples at once over all devices; packed, on average."""
     metric: str | None = None
     """Decides the best checkpoint and early stopping; None takes the task's own: f1, accuracy or spearman."""
 

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from finetune_jax import metrics, storage
+from finetune_jax.compiling import compile_all
 from finetune_jax.config import Config, load_saved
+from finetune_jax.data.packing import Batching
 from finetune_jax.data.pipeline import Batches, Examples, device_batches, evaluation_shape
 from finetune_jax.data.sources import load_source
 from finetune_jax.errors import UserError
@@ -45,7 +47,7 @@ class Forward:
         examples: Examples,
         batch_size: int,
         max_length: int,
-        packing: bool,
+        batching: Batching,
         threads: int = 4,
         patience: float = math.inf,
     ):
@@ -53,22 +55,27 @@ class Forward:
         Args:
             job: Task, model and mesh.
             examples: The split.
-            batch_size: Examples at once over all devices (with packing, on average).
+            batch_size: Examples at once over all devices (packed, on average).
             max_length: Longest row, pieces.
-            packing: Several examples a row.
+            batching: How examples share rows.
             threads: That read ahead.
             patience: Seconds to wait for a batch.
         """
-        shape = evaluation_shape(examples, batch_size, max_length, packing)
+        shape = evaluation_shape(examples, batch_size, max_length, batching)
         self._job, self._examples, self._threads, self._patience = job, examples, threads, patience
-        self._batches = Batches(examples, shape, None, packing, parts=batch_parts(job.mesh), mesh=job.mesh)
-        self.compiled: Any = None
+        self._batches = Batches(examples, shape, None, parts=batch_parts(job.mesh), mesh=job.mesh)
+        self.compiled: dict[int, Any] = {}
         """Of what `lower` gives; made at first use where nobody has set it."""
 
-    def lower(self, weights: Flat) -> Any:
-        """Ready to compile; `weights` gives shapes and shardings."""
-        batch = abstract_batch(self._batches.blank(), self._batches.rows, self._job.mesh)
-        return lower_forward(make_forward(self._job.task, self._job.parts), weights, batch, self._job.mesh)
+    def lower(self, weights: Flat) -> dict[int, Any]:
+        """Ready to compile, by the length of rows; `weights` gives shapes and shardings."""
+        step, rows, mesh = make_forward(self._job.task, self._job.parts), self._batches.rows, self._job.mesh
+        return {
+            length: lower_forward(
+                step, weights, abstract_batch(self._batches.blank(length), rows, mesh), mesh
+            )
+            for length in self._batches.lengths
+        }
 
     def logits(
         self, weights: Flat, stop: Callable[[], bool] = lambda: False
@@ -78,8 +85,8 @@ class Forward:
         Raises:
             Interrupted: `stop` said so.
         """
-        if self.compiled is None:
-            self.compiled = self.lower(weights).compile()
+        if not self.compiled:
+            self.compiled = compile_all(self.lower(weights))
         collected = np.zeros((self._examples.outputs, self._job.task.num_labels), np.float32)
         sums: metrics.Sums = {}
         pending: list[tuple[int, Any]] = []
@@ -87,7 +94,7 @@ class Forward:
         for step, batch in enumerate(batches):
             if stop():
                 raise Interrupted
-            pending.append((step, self.compiled(weights, batch)))
+            pending.append((step, self.compiled[self._batches.length(step)](weights, batch)))
             if step:  # read one batch late: the device works on while the host copies
                 sums = self._collect(collected, sums, *pending.pop(0))
         return collected, self._collect(collected, sums, *pending.pop())
@@ -144,6 +151,6 @@ def evaluate_model(model: str, config: Config | None, split: str, step: str = "b
     examples = job.task.examples(source.splits[split], train=False)
     settings = config.data
     forward = Forward(
-        job, examples, config.evaluation.batch_size, settings.max_length, settings.packing, settings.threads
+        job, examples, config.evaluation.batch_size, settings.max_length, settings.batching, settings.threads
     )
     return evaluate(forward, job, examples, weights)

@@ -225,15 +225,15 @@ class Subject:
         family, compute = config.model.family, compute_of(config.model)
         job = make_job(self.task, family, self.model_config, config.mesh, devices, compute)
         parts = batch_parts(job.mesh) * config.train.accumulation
-        packing, longest = config.data.packing, config.data.max_length
-        shape = train_shape(self.data, config.train.batch_size, longest, packing, parts)
-        batches = Batches(self.data, shape, config.seed, packing, parts=parts)
+        batching, longest = config.data.batching, config.data.max_length
+        shape = train_shape(self.data, config.train.batch_size, longest, batching, parts)
+        batches = Batches(self.data, shape, config.seed, parts=parts)
         steps = config.train.steps or math.ceil(
             self.count / len(self.data) * batches.epochs.steps(config.train.epochs)
         )
         updates = make_updates(config, job, steps)
         state = abstract_state(job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh)
-        batch = abstract_batch(_one_row(batches), batches.rows, job.mesh)
+        batch = abstract_batch(batches.blank(batches.shape.length), batches.rows, job.mesh)
         step = make_train_step(
             job.task, job.parts, updates.optimizer, updates.schedule, config.train.accumulation
         )
@@ -268,10 +268,10 @@ class Subject:
 
     def _lower_evaluation(self, config: Config, job: Job) -> Any:
         """The evaluation step; the training split stands for the others, which are as long in all that matters here."""
-        packing, parts = config.data.packing, batch_parts(job.mesh)
-        shape = evaluation_shape(self.data, config.evaluation.batch_size, config.data.max_length, packing)
-        batches = Batches(self.data, shape, None, packing, parts=parts)
-        batch = abstract_batch(_one_row(batches), batches.rows, job.mesh)
+        batching, parts = config.data.batching, batch_parts(job.mesh)
+        shape = evaluation_shape(self.data, config.evaluation.batch_size, config.data.max_length, batching)
+        batches = Batches(self.data, shape, None, parts=parts)
+        batch = abstract_batch(batches.blank(batches.shape.length), batches.rows, job.mesh)
         return lower_forward(make_forward(job.task, job.parts), job.abstract_weights, batch, job.mesh)
 
     def largest(self, target: Target, devices: list[Any]) -> Estimate:
@@ -483,12 +483,6 @@ def _memory(sizes: dict[str, int], state: TrainState, batch: Any, capacity: int)
         code=sizes["generated_code"],
         capacity=capacity,
     )
-
-
-def _one_row(batches: Batches) -> dict[str, np.ndarray]:
-    """The first row of the first batch: all that a batch's shape and dtypes are known from."""
-    first = batches.placement(0).rows_of(np.zeros(1, int))
-    return batches.examples.assemble(first, dataclasses.replace(batches.shape, rows=1), None)
 
 
 def _with(config: Config, path: str, value: Any) -> Config:

@@ -94,7 +94,7 @@ def predict(
     lines = Lines(records)
     examples = job.task.examples(lines, train=False)
     max_length = getattr(job.task, "max_length", 1)
-    forward = Forward(job, examples, batch_size, max_length, packing=True)
+    forward = Forward(job, examples, batch_size, max_length, "packed")
     values, _ = forward.logits(weights)
     return job.task.predictions(values, examples, lines, logits)
 

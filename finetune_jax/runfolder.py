@@ -157,7 +157,7 @@ def _go_on(config: Config, run: Folder, job: Job, source: Source, shape: RowShap
             f"another model ({len(other)} parameters differ: {path} {saved['parameters'].get(path)}, now"
             f" {parameters.get(path)})"
         )
-    began = RowShape(**saved["batch"])
+    began = RowShape(**{**saved["batch"], "lengths": tuple(saved["batch"]["lengths"])})
     if began != shape and not differences:
         differences.append(
             f"batches of {began.rows} rows x {began.length}, now {shape.rows} x {shape.length}"

@@ -134,9 +134,9 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         for split, records in source.splits.items()
     }
     parts = batch_parts(job.mesh) * config.train.accumulation
-    packing, max_length = config.data.packing, config.data.max_length
-    shape = train_shape(examples["train"], config.train.batch_size, max_length, packing, parts)
-    batches = Batches(examples["train"], shape, config.seed, packing, parts=parts, mesh=job.mesh)
+    batching, max_length = config.data.batching, config.data.max_length
+    shape = train_shape(examples["train"], config.train.batch_size, max_length, batching, parts)
+    batches = Batches(examples["train"], shape, config.seed, parts=parts, mesh=job.mesh)
     total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
     batches.steps = total_steps
 
@@ -174,24 +174,24 @@ def fit(
     compiling = time.perf_counter()
     size, data = config.evaluation.batch_size, config.data
     forwards = {
-        split: Forward(job, examples, size, data.max_length, data.packing, data.threads, data.stall_seconds)
+        split: Forward(job, examples, size, data.max_length, data.batching, data.threads, data.stall_seconds)
         for split, examples in setup.examples.items()
         if split != "train"
     }
-    lowered = {split: forward.lower(state.weights) for split, forward in forwards.items()}
-    lowered["train"] = lower_train_step(
-        make_train_step(
-            job.task, job.parts, setup.updates.optimizer, setup.updates.schedule, config.train.accumulation
-        ),
-        state,
-        abstract_batch(batches.blank(), batches.rows, job.mesh),
-        job.mesh,
+    update = make_train_step(
+        job.task, job.parts, setup.updates.optimizer, setup.updates.schedule, config.train.accumulation
     )
-    compiled = compile_all(lowered)
-    train_step = compiled["train"]
+    lowered = {}
+    for length in batches.lengths:
+        batch = abstract_batch(batches.blank(length), batches.rows, job.mesh)
+        lowered["train", length] = lower_train_step(update, state, batch, job.mesh)
     for split, forward in forwards.items():
-        forward.compiled = compiled[split]
-    say_compiled(train_step, time.perf_counter() - compiling)
+        lowered |= {(split, length): program for length, program in forward.lower(state.weights).items()}
+    compiled = compile_all(lowered)
+    train_steps = {length: compiled["train", length] for length in batches.lengths}
+    for split, forward in forwards.items():
+        forward.compiled = {length: program for (of, length), program in compiled.items() if of == split}
+    say_compiled(train_steps[batches.shape.length], time.perf_counter() - compiling)
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loop. Within a step the order is: update, read the previous step's numbers, evaluate, save, stop. The data
@@ -247,7 +247,7 @@ def fit(
                 trace.before_step(sums)
                 with meter.during("device"), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     before = sums
-                    state, sums = train_step(state, batch)
+                    state, sums = train_steps[batches.length(step)](state, batch)
                     jax.block_until_ready(before)
                 step += 1
                 progress.next_batch = step
@@ -503,7 +503,8 @@ def announce(setup: Setup, state: TrainState, note: str) -> None:
         f"{len(setup.examples['train'])} training segments, {setup.total_steps} updates of {shape.rows} rows"
     )
     if batches.examples.lengths is not None:
-        text += f" x {shape.length} pieces, {100 * padding_share(batches):.1f} % padding"
+        lengths = " or ".join(map(str, batches.lengths))
+        text += f" x {lengths} pieces, {100 * padding_share(batches):.1f} % padding"
     say(text)
     skipped = setup.source.skipped
     if skipped:

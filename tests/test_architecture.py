@@ -6,11 +6,23 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "finetune_jax"
 FLOORS = [
     {"errors", "signals", "storage", "__init__"},
-    {"models", "metrics", "writers", "config", "tree", "doctor", "seal", "runtime", "hlo", "targets"},
+    {
+        "models",
+        "metrics",
+        "writers",
+        "config",
+        "tree",
+        "doctor",
+        "seal",
+        "runtime",
+        "hlo",
+        "targets",
+        "compiling",
+    },
     {"data", "hf", "optim", "sharding"},
     {"tasks", "state"},
     {"step", "checkpoint", "job"},
-    {"runfolder", "evaluate", "predict", "export", "audit"},
+    {"runfolder", "evaluate", "predict", "export", "audit", "meter"},
     {"train", "plan", "plan_report"},
     {"cli", "__main__"},
 ]

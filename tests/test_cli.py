@@ -65,7 +65,7 @@ def test_train_evaluate_predict_export(tmp_path, recipe, run, capsys):
     result = json.loads((run / "result.json").read_text())
     assert from_run == close(result["metrics"]["test"])
 
-    assert call("evaluate", "--model", run, "--evaluation.batch-size", "4", "--data.no-packing") == 0
+    assert call("evaluate", "--model", run, "--evaluation.batch-size", "4", "--data.batching", "padded") == 0
     assert json.loads(capsys.readouterr().out) == close(from_run), "overrides keep the run's own config"
 
     assert call("export", "--run", run, "--output", tmp_path / "hf", "--verify") == 0
@@ -98,14 +98,15 @@ def test_a_begun_run_needs_only_its_folder(run, capsys):
 def test_overrides_and_python_module(tmp_path, recipe):
     done = subprocess.run(
         [sys.executable, "-m", "finetune_jax", "train", "--config", str(recipe), "--workdir", str(tmp_path / "r"),
-         "--optim.learning-rate", "0.5", "--train.steps=2", "--data.no-packing", "--model.freeze", "embeddings", "pooler"],
+         "--optim.learning-rate", "0.5", "--train.steps=2", "--train.no-tensorboard", "--data.batching", "buckets", "--model.freeze", "embeddings", "pooler"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "r/config.json").read_text())
     assert config["optim"]["learning_rate"] == 0.5
     assert config["train"]["steps"] == 2
-    assert config["data"]["packing"] is False
+    assert config["data"]["batching"] == "buckets"
+    assert config["train"]["tensorboard"] is False
     assert config["model"]["freeze"] == ["embeddings", "pooler"]
 
 
@@ -139,7 +140,10 @@ def test_doctor(capsys):
         (["--data.max-length", "65"], "data.max-length 65 is over the model's 64 positions; lower it"),
         (["--data.path", "/nowhere"], "/nowhere"),
         (["--data.columns", "text", "sentence"], "sentence"),
-        (["--data.no-packing", "--train.batch-size", "12"], "train.batch-size 12 does not divide by 8"),
+        (
+            ["--data.batching", "padded", "--train.batch-size", "12"],
+            "train.batch-size 12 does not divide by 8",
+        ),
         (["--mesh.tensor", "3"], "mesh"),
         (["--model.freeze", "no_such_parameter"], "regex 'no_such_parameter' matches no parameter"),
         (["--model.freeze", "("], "regex '(' does not compile"),

@@ -36,7 +36,7 @@ def recipe(family="bert", batch=16, dtype="float32", mesh=MeshConfig(smallest_sp
         model=ModelConfig(
             family=family, hf_config=BERT if family == "bert" else RESNET, dtype=dtype, **model
         ),
-        data=DataConfig(packing=False, max_length=32, image=ImageConfig(size=16)),
+        data=DataConfig(batching="padded", max_length=32, image=ImageConfig(size=16)),
         train=train or TrainConfig(batch_size=batch),
         mesh=mesh,
     )
@@ -217,7 +217,8 @@ def test_what_does_not_fit_is_said_and_what_helps_is_tried(here, monkeypatch, ca
         "64",
         "--data.max-length",
         "32",
-        "--data.no-packing",
+        "--data.batching",
+        "padded",
         "--mesh.smallest-split",
         "0",
     ]
@@ -267,7 +268,7 @@ def test_programs_of_other_devices_are_kept_out_of_the_compile_cache(here, tmp_p
 
 
 def test_empty_rows_are_named(here):
-    config = dataclasses.replace(recipe(batch=9), data=DataConfig(packing=True, max_length=64))
+    config = dataclasses.replace(recipe(batch=9), data=DataConfig(max_length=64))
     estimate, _ = of(config)
     assert "of them empty: a larger --train.batch-size costs nothing" in plan_report.report(estimate, [])
 

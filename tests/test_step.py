@@ -1,6 +1,7 @@
 """The step's arithmetic: sums over micro-batches, class weights, masks, packed and ragged batches."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,11 @@ def no_dropout(config):
     return replace(config, model=replace(config.model, hf_config=fields))
 
 
-def text(tmp_path, task="sequence_classification", packing=False):
+def text(tmp_path, task="sequence_classification", batching="padded"):
     write = tiny.write_conll if task == "token_classification" else tiny.write_texts
     config = no_dropout(tiny.text_config(write(tmp_path / task), task))
     return replace(
-        config, data=replace(config.data, packing=packing), optim=replace(config.optim, name="sgd")
+        config, data=replace(config.data, batching=batching), optim=replace(config.optim, name="sgd")
     )
 
 
@@ -62,8 +63,8 @@ def test_micro_batches_are_one_batch(kind, tmp_path):
     outcomes = []
     for accumulation in (1, 4):
         _, examples, state, step = setup(config, accumulation)
-        shape = train_shape(examples["train"], 16, 32, False, accumulation)
-        batches = Batches(examples["train"], shape, 0, False)
+        shape = train_shape(examples["train"], 16, 32, "padded", accumulation)
+        batches = Batches(examples["train"], shape, 0)
         batch = batches[len(batches.epochs.plan(0)) - 1]  # the ragged end of an epoch
         assert 0 < batch["weights"].reshape(16, -1).max(axis=1).sum() < 16
         outcomes.append(step(state, batch))
@@ -77,11 +78,11 @@ def test_micro_batches_are_one_batch(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sequence_classification", "token_classification"])
 def test_packed_batch_has_the_loss_and_gradient_of_unpadded_examples(kind, tmp_path):
-    config = replace(text(tmp_path, kind, packing=True), train=tiny.TrainConfig(batch_size=6))
+    config = replace(text(tmp_path, kind, "packed"), train=tiny.TrainConfig(batch_size=6))
     job, examples, state, _ = setup(config)
     features = examples["train"]
-    shape = train_shape(features, 6, 32, True, 1)
-    batches = Batches(features, shape, 0, True)
+    shape = train_shape(features, 6, 32, "packed", 1)
+    batches = Batches(features, shape, 0)
     where = batches.placement(0)
     assert len(set(where.row)) < len(where.row), "several examples in a row"
 
@@ -110,10 +111,17 @@ def test_packed_batch_has_the_loss_and_gradient_of_unpadded_examples(kind, tmp_p
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("kind", ["sequence_classification", "token_classification", "image"])
-def test_evaluation_is_exact_on_ragged_splits(kind, packing, devices, tmp_path):
-    """Metrics do not depend on batch size, packing or devices, and count each example once."""
+@pytest.mark.parametrize(
+    ("kind", "batching"),
+    [
+        *itertools.product(
+            ["sequence_classification", "token_classification"], ["packed", "buckets", "padded"]
+        ),
+        ("image", "padded"),
+    ],
+)
+def test_evaluation_is_exact_on_ragged_splits(kind, batching, devices, tmp_path):
+    """Metrics do not depend on batch size, batching or devices, and count each example once."""
     if kind == "image":
         config = tiny.image_config(tiny.write_images(tmp_path / "squares.npz"))
     else:
@@ -123,7 +131,7 @@ def test_evaluation_is_exact_on_ragged_splits(kind, packing, devices, tmp_path):
     weights = initial_weights(job.parts, job.shardings, 0, {})
     examples = job.task.examples(source.splits["test"], train=False)
     found = [
-        evaluate(Forward(job, examples, size, 32, packing and size > 1), job, examples, weights)
+        evaluate(Forward(job, examples, size, 32, batching if size > 1 else "padded"), job, examples, weights)
         for size in (1, 8, 64)
     ]
     for other in found[1:]:
@@ -142,8 +150,8 @@ def test_evaluation_is_exact_on_ragged_splits(kind, packing, devices, tmp_path):
 def test_padding_rows_count_nothing(tmp_path):
     config = text(tmp_path)
     job, examples, state, _ = setup(config)
-    shape = evaluation_shape(examples["test"], 16, 32, False)
-    batches = Batches(examples["test"], shape, None, False)
+    shape = evaluation_shape(examples["test"], 16, 32, "padded")
+    batches = Batches(examples["test"], shape, None)
     last = batches[len(batches) - 1]
     forward = jax.jit(make_forward(job.task, job.parts))
     _, sums = forward(state.weights, place_rows(last, job.mesh, batches.here, batches.rows))
@@ -183,7 +191,7 @@ def test_class_weights():
 def test_a_batch_without_a_label_moves_nothing_into_nan(tmp_path):
     config = text(tmp_path)
     _, examples, state, step = setup(config)
-    batch = Batches(examples["train"], train_shape(examples["train"], 16, 32, False, 1), 0, False)[0]
+    batch = Batches(examples["train"], train_shape(examples["train"], 16, 32, "padded", 1), 0)[0]
     batch["weights"] = np.zeros_like(batch["weights"])
     after, _ = step(state, batch)
     assert all(bool(jnp.isfinite(value).all()) for value in after.params.values())

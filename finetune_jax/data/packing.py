@@ -1,31 +1,36 @@
 """Which example lies where: a plan of batches for one epoch, as a pure function of (lengths, seed, epoch).
 
-A batch has a fixed number of rows of a fixed length. With packing a row holds several segments one after another
-(attention stays within each, see models/bert.py), so that almost no row is padding; without, it holds one.
+A batch has a fixed number of rows. Packed rows hold several segments one after another (attention stays within each, see
+models/bert.py), so that almost nothing is padding. Otherwise a row holds one: padded to the longest there is, or, in
+buckets, to one of a few lengths that all rows of a batch share.
 Nothing here knows of text or images: a segment is a number and a length.
 """
 
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 FILL = 0.975  # share of a packed batch that the planner below fills on the lengths of real data sets
+Batching = Literal["packed", "buckets", "padded"]
 WAITING = 64  # segments that may wait for a later batch before the current one is closed
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """The static shape of a batch: `rows` x `length` positions, `segments` at most in a row.
-
-    `examples` is how many segments a batch holds on average at most; 0 fills the rows.
-    """
+    """The static shape of a batch: `rows` x `length` positions, `segments` at most in a row."""
 
     rows: int
     length: int
     segments: int
     examples: int = 0
+    """Packed: how many segments a batch holds on average at most; 0 fills the rows."""
+    batching: Batching = "padded"
+    """How segments share rows."""
+    lengths: tuple[int, ...] = ()
+    """Buckets: the lengths that the rows of a batch may have, ascending; `length` is the last of them."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Plan:
     start: np.ndarray
     slot: np.ndarray
     offsets: np.ndarray
+    lengths: np.ndarray | None = None
+    """Of the rows of each batch; None: all as long as the shape says."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -76,6 +83,59 @@ def plan_fixed(order: np.ndarray, rows: int) -> Plan:
     zeros = np.zeros(count, np.int32)
     offsets = np.append(np.arange(0, count, rows), count)
     return Plan(order.astype(np.int64), (np.arange(count) % rows).astype(np.int32), zeros, zeros, offsets)
+
+
+def plan_buckets(order: np.ndarray, lengths: np.ndarray, shape: RowShape) -> Plan:
+    """One segment a row, in rows of the shortest of `shape.lengths` that takes it; a batch is there when it has all its rows.
+
+    What is left of the buckets at the end of the epoch goes together, the short ones first; the last batch may be short. O(n).
+    """
+    bucket = np.searchsorted(shape.lengths, lengths[order])
+    rows, full, left = shape.rows, [], []
+    for number in range(len(shape.lengths)):
+        mine = np.flatnonzero(bucket == number)
+        whole = len(mine) // rows * rows
+        full += list(mine[:whole].reshape(-1, rows))
+        left.append(mine[whole:])
+    full.sort(key=lambda places: int(places[-1]))  # in the order in which they fill
+    rest = np.concatenate([*left, np.zeros(0, np.int64)])
+    batches = [*full, *(rest[begin : begin + rows] for begin in range(0, len(rest), rows))]
+    places = np.concatenate([*batches, np.zeros(0, np.int64)]).astype(np.int64)
+    sizes = np.array([len(batch) for batch in batches], np.int64)
+    zeros = np.zeros(len(places), np.int32)
+    offsets = np.append(0, np.cumsum(sizes))
+    row = positions(sizes).astype(np.int32)
+    longest = np.array([shape.lengths[bucket[batch].max()] for batch in batches], np.int64)
+    return Plan(order[places].astype(np.int64), row, zeros, zeros, offsets, longest)
+
+
+def bucket_lengths(lengths: np.ndarray, count: int) -> tuple[int, ...]:
+    """At most `count` multiples of 8 with the least padding, if each length goes to the next of them; the longest is one.
+
+    Exact, by dynamic programming over the multiples that occur.
+    """
+    sizes, numbers = np.unique(-(-lengths // 8) * 8, return_counts=True)
+    upto = np.append(0, np.cumsum(numbers))
+    # cost[j]: least positions for the j shortest sizes, the last of them a bucket; with one bucket at first.
+    cost = sizes * upto[1:]
+    choices: list[np.ndarray] = []
+    for _ in range(min(count, len(sizes)) - 1):
+        # [j, i]: the last bucket, sizes[j], takes what is over sizes[i].
+        table = np.where(
+            np.tri(len(sizes), k=-1, dtype=bool),
+            cost[None, :] + sizes[:, None] * (upto[1:, None] - upto[None, 1:]),
+            np.iinfo(np.int64).max,
+        )
+        before = table.argmin(axis=1)
+        better = table[np.arange(len(sizes)), before] < cost
+        choices.append(np.where(better, before, -1))
+        cost = np.where(better, table[np.arange(len(sizes)), before], cost)
+    chosen, at = [int(sizes[-1])], len(sizes) - 1
+    for before in reversed(choices):
+        if before[at] >= 0:
+            at = int(before[at])
+            chosen.append(int(sizes[at]))
+    return tuple(reversed(chosen))
 
 
 def plan_packed(order: np.ndarray, lengths: np.ndarray, shape: RowShape) -> Plan:
@@ -143,7 +203,7 @@ def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int) -> RowSh
     for rows in range(1, _ceil(wanted / low, 1) + 2):
         length = min(max(8 * round(wanted / rows / 8), low), _ceil(max_length, 8))
         if best is None or abs(rows * length - wanted) < abs(best.rows * best.length - wanted):
-            best = RowShape(rows, length, 0, batch_size)
+            best = RowShape(rows, length, 0, batch_size, "packed")
     assert best is not None
     most = max(1, best.length // int(lengths.min()))
     return replace(best, segments=min(most, max(4, _ceil(3 * best.length / mean, 1))))
@@ -164,7 +224,6 @@ class Epochs:
     shape: RowShape
     seed: int | None
     lengths: np.ndarray | None
-    packing: bool
 
     def __post_init__(self) -> None:
         self._plans: dict[int, Plan] = {}
@@ -176,10 +235,11 @@ class Epochs:
         if epoch in plans:
             return plans[epoch]
         order = epoch_order(self.count, self.seed, epoch)
-        if self.packing and self.lengths is not None:
-            plan = plan_packed(order, self.lengths, self.shape)
-        else:
+        if self.lengths is None or self.shape.batching == "padded":
             plan = plan_fixed(order, self.shape.rows)
+        else:
+            planner = plan_packed if self.shape.batching == "packed" else plan_buckets
+            plan = planner(order, self.lengths, self.shape)
         kept = sorted(other for other in plans if abs(other - epoch) <= 2)
         self._plans = {other: plans[other] for other in kept} | {epoch: plan}
         return plan

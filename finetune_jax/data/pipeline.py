@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from finetune_jax.data.builders.decode import read_image
 from finetune_jax.data.image import ImageProcessor, augment, to_channels
-from finetune_jax.data.packing import Epochs, Placement, RowShape, packed_shape
+from finetune_jax.data.packing import Batching, Epochs, Placement, RowShape, bucket_lengths, packed_shape
 from finetune_jax.errors import UserError
 from finetune_jax.sharding import place_rows, rows_here
 
@@ -121,7 +121,6 @@ class Batches:
     examples: Examples
     shape: RowShape
     seed: int | None
-    packing: bool
     steps: int = 0
     """How many there are; 0 stands for one epoch."""
     parts: int = 1
@@ -130,7 +129,7 @@ class Batches:
     """Says which rows this process makes; None: all."""
 
     def __post_init__(self) -> None:
-        self.epochs = Epochs(len(self.examples), self.shape, self.seed, self.examples.lengths, self.packing)
+        self.epochs = Epochs(len(self.examples), self.shape, self.seed, self.examples.lengths)
         self.steps = self.steps or self.epochs.end(0)
         self.here = np.arange(self.rows) if self.mesh is None else rows_here(self.mesh, self.rows)
 
@@ -151,57 +150,82 @@ class Batches:
         """Examples of the global batch, in the order of their places."""
         return self.examples.example_ids[self.placement(step).segment]
 
-    def blank(self) -> Batch:
-        """This process's share of a batch without an example: its shapes and dtypes."""
-        none = np.zeros(0, np.int32)
-        return self.examples.assemble(Placement(none, none, none, none), self._local_shape, None)
-
     @property
-    def _local_shape(self) -> RowShape:
-        return replace(self.shape, rows=len(self.here))
+    def lengths(self) -> tuple[int, ...]:
+        """All that the rows of a batch may have: each is a static shape."""
+        return self.shape.lengths or (self.shape.length,)
+
+    def length(self, step: int) -> int:
+        """Of the rows of a step's batch."""
+        epoch, index = self.epochs.locate(step)
+        lengths = self.epochs.plan(epoch).lengths
+        return self.shape.length if lengths is None else int(lengths[index])
+
+    def blank(self, length: int) -> Batch:
+        """One row so long, without an example: all but the first dimension, and the dtypes, of a batch."""
+        none = np.zeros(0, np.int32)
+        shape = replace(self.shape, rows=1, length=length)
+        return self.examples.assemble(Placement(none, none, none, none), shape, None)
 
     def __getitem__(self, step: int) -> Batch:
         epoch = None if self.seed is None else self.epochs.locate(step)[0]
-        return self.examples.assemble(self.placement(step).rows_of(self.here), self._local_shape, epoch)
+        local = replace(self.shape, rows=len(self.here), length=self.length(step))
+        return self.examples.assemble(self.placement(step).rows_of(self.here), local, epoch)
 
 
 def padding_share(batches: Batches) -> float:
     """Share of a first epoch's positions that hold no token; rows added so that devices divide them are not counted."""
     plan = batches.epochs.plan(0)
-    positions = len(plan) * batches.shape.rows * batches.shape.length
+    lengths = len(plan) * batches.shape.length if plan.lengths is None else int(plan.lengths.sum())
+    positions = batches.shape.rows * lengths
     return 1.0 - batches.examples.tokens_of(plan.segment) / positions
 
 
-def train_shape(examples: Examples, batch_size: int, max_length: int, packing: bool, parts: int) -> RowShape:
-    """The static shape of a training batch. With packing it does not depend on `parts`.
+BUCKETS = 4
+"""Lengths of rows at most, where batches are made of texts of like length: each is a program to compile."""
+
+
+def train_shape(
+    examples: Examples, batch_size: int, max_length: int, batching: Batching, parts: int
+) -> RowShape:
+    """The static shape of a training batch. Packed it does not depend on `parts`.
 
     Args:
         examples: The training split.
-        batch_size: Examples a batch (with packing, on average).
+        batch_size: Examples a batch (packed, on average).
         max_length: Longest row.
-        packing: Several segments a row.
+        batching: How segments share rows.
         parts: Devices along the batch, times micro-batches.
 
     Raises:
         UserError: An unpacked batch does not divide by the parts.
     """
     lengths = examples.lengths
-    if packing and lengths is not None:
+    if batching == "packed" and lengths is not None:
         return packed_shape(lengths, batch_size, max_length)
     if batch_size % parts:
         raise UserError(
             f"train.batch-size {batch_size} does not divide by {parts} (devices along data and fsdp, times"
             f" train.accumulation); {math.ceil(batch_size / parts) * parts} would"
         )
-    return RowShape(batch_size, 1 if lengths is None else _padded(lengths, max_length), 1)
+    return _one_a_row(lengths, batch_size, max_length, batching)
 
 
-def evaluation_shape(examples: Examples, batch_size: int, max_length: int, packing: bool) -> RowShape:
+def evaluation_shape(examples: Examples, batch_size: int, max_length: int, batching: Batching) -> RowShape:
     """The static shape of an evaluation batch."""
     lengths = examples.lengths
-    if packing and lengths is not None:
+    if batching == "packed" and lengths is not None:
         return replace(packed_shape(lengths, batch_size, max_length), examples=0)
-    return RowShape(batch_size, 1 if lengths is None else _padded(lengths, max_length), 1)
+    return _one_a_row(lengths, batch_size, max_length, batching)
+
+
+def _one_a_row(lengths: np.ndarray | None, rows: int, max_length: int, batching: Batching) -> RowShape:
+    if lengths is None:
+        return RowShape(rows, 1, 1)
+    if batching == "buckets":
+        buckets = bucket_lengths(lengths, BUCKETS)
+        return RowShape(rows, buckets[-1], 1, 0, "buckets", buckets)
+    return RowShape(rows, _padded(lengths, max_length), 1)
 
 
 def _padded(lengths: np.ndarray, max_length: int) -> int:

@@ -1,12 +1,21 @@
 """Plans of batches: everything once, nothing overlapping, little padding, the same on every call."""
 
+import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from finetune_jax.data.packing import Epochs, RowShape, packed_shape, plan_fixed, plan_packed
+from finetune_jax.data.packing import (
+    Epochs,
+    RowShape,
+    bucket_lengths,
+    packed_shape,
+    plan_buckets,
+    plan_fixed,
+    plan_packed,
+)
 
 
 def lengths_like(mean: float, count: int, longest: int) -> np.ndarray:
@@ -77,16 +86,16 @@ def test_a_host_gets_its_rows():
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    lengths, shape = lengths_like(25, 300, 64), RowShape(4, 64, 16, 8)
-    one, two = (Epochs(300, shape, 5, lengths, True) for _ in range(2))
+    lengths, shape = lengths_like(25, 300, 64), RowShape(4, 64, 16, 8, "packed")
+    one, two = (Epochs(300, shape, 5, lengths) for _ in range(2))
     ahead = two.plan(3).segment.tolist()  # asked for first, out of order
     assert one.plan(0).segment.tolist() != one.plan(1).segment.tolist()
     assert one.plan(3).segment.tolist() == ahead
-    assert Epochs(300, shape, 6, lengths, True).plan(0).segment.tolist() != one.plan(0).segment.tolist()
+    assert Epochs(300, shape, 6, lengths).plan(0).segment.tolist() != one.plan(0).segment.tolist()
 
 
 def test_steps_and_places():
-    epochs = Epochs(10, RowShape(4, 1, 1), 0, None, False)
+    epochs = Epochs(10, RowShape(4, 1, 1), 0, None)
     assert [epochs.locate(step) for step in (0, 2, 3, 7)] == [(0, 0), (0, 2), (1, 0), (2, 1)]
     assert epochs.steps(2) == 6
     assert epochs.steps(1.5) == 5
@@ -100,8 +109,61 @@ def test_threads_that_read_ahead_do_not_disturb_each_other():
     sys.setswitchinterval(1e-6)
     try:
         for _ in range(30):
-            epochs = Epochs(10, RowShape(4, 1, 1), 0, None, False)
+            epochs = Epochs(10, RowShape(4, 1, 1), 0, None)
             with ThreadPoolExecutor(8) as pool:
                 assert list(pool.map(epochs.locate, range(120))) == expected
     finally:
         sys.setswitchinterval(before)
+
+
+def bucketed(lengths, rows, count=4):
+    buckets = bucket_lengths(lengths, count)
+    return RowShape(rows, buckets[-1], 1, 0, "buckets", buckets)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 500])
+def test_buckets_hold_each_segment_once_in_rows_that_take_it(count):
+    lengths = lengths_like(25, 500, 100)[:count]
+    shape = bucketed(lengths_like(25, 500, 100), 8)
+    plan = plan_buckets(np.random.default_rng(1).permutation(count), lengths, shape)
+    assert plan.lengths is not None
+    assert sorted(plan.segment.tolist()) == list(range(count))
+    assert len(plan) == -(-count // 8), "only the last batch is short"
+    for index in range(len(plan)):
+        where = plan.batch(index)
+        assert where.row.tolist() == list(range(len(where.segment)))
+        assert len(where.segment) == 8 or index == len(plan) - 1
+        assert lengths[where.segment].max() <= plan.lengths[index]
+        assert plan.lengths[index] in shape.lengths
+
+
+def test_buckets_are_chosen_with_the_least_padding():
+    """Against all choices there are."""
+    lengths = lengths_like(20, 200, 60)
+    sizes = sorted({int(-(-length // 8) * 8) for length in lengths})
+
+    def positions(buckets):
+        return sum(min(b for b in buckets if b >= length) for length in lengths)
+
+    for count in (1, 2, 3, 4):
+        best = min(
+            positions((*chosen, sizes[-1]))
+            for size in range(count)
+            for chosen in itertools.combinations(sizes[:-1], size)
+        )
+        found = bucket_lengths(lengths, count)
+        assert len(found) <= count
+        assert positions(found) == best
+    assert bucket_lengths(np.array([3, 5]), 4) == (8,)
+
+
+def test_buckets_pad_less_than_one_length_and_mix_the_order():
+    lengths = lengths_like(25, 5000, 100)
+    shape = bucketed(lengths, 32)
+    epochs = Epochs(5000, shape, 3, lengths)
+    plan = epochs.plan(0)
+    assert plan.lengths is not None
+    assert plan.lengths.sum() < 0.4 * len(plan) * shape.length
+    assert len(set(plan.lengths[:20].tolist())) > 2, "short and long batches come in turns"
+    assert epochs.plan(1).segment.tolist() != plan.segment.tolist()
+    assert Epochs(5000, shape, 3, lengths).plan(0).segment.tolist() == plan.segment.tolist()
