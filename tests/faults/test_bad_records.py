@@ -124,5 +124,5 @@ def test_a_run_says_and_counts_them_once(tmp_path, capsys):
     loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row for row in rows if row["kind"] == "data"] == [
-        {"kind": "data", "step": 0, "skipped_records": 1}
+        {"kind": "data", "step": 0, "skipped_records": 1, "padding": pytest.approx(0.166, abs=0.001)}
     ]
