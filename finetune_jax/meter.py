@@ -59,7 +59,8 @@ class Meter:
     def rates(self, step: int) -> dict[str, float]:
         """Of the steps since the last call, evaluations and saves left out.
 
-        `seconds_per_step` is the sum of the three others: `input_`, `device_` and `host_seconds_per_step`.
+        `seconds_per_step` is the sum of the three others: `input_`, `device_` and `host_seconds_per_step`. `clock` is the time of
+        day, seconds since 1970.
         """
         now = time.perf_counter()
         examples = tokens = 0
@@ -77,7 +78,8 @@ class Meter:
             self._tokens + tokens,
             self._steps + steps,
         )
-        rates = {"seconds_per_step": seconds / steps, "examples_per_second": examples / seconds}
+        rates = {"clock": time.time(), "seconds_per_step": seconds / steps}
+        rates["examples_per_second"] = examples / seconds
         rates |= {f"{part}_seconds_per_step": value / steps for part, value in waited.items()}
         return rates | ({"real_tokens_per_second": tokens / seconds} if tokens else {})
 
