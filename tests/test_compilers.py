@@ -61,10 +61,18 @@ def recipes(slow=()):
     ]
 
 
-# For a GPU one recipe of each task is enough by default: these differ from them in labels and batch size only.
+# For a GPU one recipe of each task is enough by default: these differ from them in labels, sizes and batch only.
 ALIKE = [
     (name, "h100:1")
-    for name in ("banking77", "cifar10_frozen", "digits_resnet", "resume_ner", "stsb", "support_desk_ner")
+    for name in (
+        "banking77",
+        "cifar10_frozen",
+        "conll2003_ner",
+        "digits_resnet",
+        "resume_ner",
+        "stsb",
+        "support_desk_ner",
+    )
 ]
 
 
@@ -130,7 +138,7 @@ def test_every_recipe_compiles_whole(name, target):
     keeps_the_theory(estimate)
 
 
-@pytest.mark.parametrize("target", [on("v5e:2x2"), on("h100:4")])
+@pytest.mark.parametrize("target", [on("v5e:2x2"), on("h100:4", slow=True)])
 def test_bfloat16_on_four(target):
     estimate, _ = of(recipe(dtype="bfloat16"), target)
     assert estimate.program.flops == pytest.approx(estimate.minimum_flops, rel=0.01)
