@@ -1,6 +1,6 @@
 """What a train step takes on this machine: the recipe as it is, variants of it in turns, and where the time of one goes.
 
-    python benchmarks/step.py --config configs/sst2_local.py --variants "--optim.name sgd" "--data.batching buckets"
+    python benchmarks/step.py --config configs/sst2_local.py --variants optim.name=sgd data.batching=buckets
     python benchmarks/step.py --config configs/sst2_local.py --parts
 
 The batches are real, read before the clock starts. Each round runs every variant for `--steps` steps on one device; the figure is the
@@ -45,7 +45,7 @@ class Arguments:
     config: str
     """A recipe."""
     variants: tuple[str, ...] = ()
-    """Options of `train`, one text a variant."""
+    """Fields of the config and their values, PATH=VALUE; several for one variant in one text with spaces between."""
     steps: int = 3
     """Of each variant in a round."""
     rounds: int = 5
@@ -58,7 +58,10 @@ class Side:
     """A compiled step, its state and a few batches."""
 
     def __init__(self, config: str, options: str, steps: int) -> None:
-        words = ["train", "--workdir", "none", "--config", config, *shlex.split(options)]
+        words = ["train", "--workdir", "none", "--config", config]
+        for option in shlex.split(options):
+            path, _, value = option.partition("=")
+            words += [f"--{path}", value]
         setup = prepare(parse(words).overrides, jax.devices()[:1])  # pyright: ignore[reportAttributeAccessIssue]
         job, batches, updates = setup.job, setup.batches, setup.updates
         accumulation = setup.config.train.accumulation

@@ -38,3 +38,19 @@ def test_the_comparison_writes_its_table(tmp_path):
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith(("| finetune_jax", "| HF"))]
     assert [line[0] for line in lines] == ["| finetune_jax, packed", "| HF Trainer"]
     assert [line[3] for line in lines][1] == "1.00"
+
+
+def test_a_step_and_its_parts():
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/step.py"),
+        "--config",
+        str(ROOT / "configs/digits_resnet.py"),
+    ]
+    command += ["--variants", "optim.name=sgd optim.momentum=0.5", "--steps", "1", "--rounds", "1", "--parts"]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "| optim.name=sgd optim.momentum=0.5 |" in done.stdout
+    assert "| dense layers and convolutions |" in done.stdout
