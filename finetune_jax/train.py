@@ -232,6 +232,7 @@ def fit(
     signals.phase("training")
     with contextlib.ExitStack() as end:
         end.enter_context(contextlib.closing(writer))
+        end.callback(trace.close)  # also where the loop ends by an error
         with signals.at_stake(config.checkpoint.grace_seconds) as watch:
             stop = runtime.Stop(watch)
             if progress.unevaluated:

@@ -312,7 +312,7 @@ def softmax(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Softmax over the last axis, computed in float32 and returned in `dtype`.
 
     The backward pass begins with what was returned. Left to itself it keeps the float32 weights of every layer, which in a
-    bfloat16 BERT are the largest thing it keeps.
+    bfloat16 BERT are among the largest things it keeps.
     """
     return jax.nn.softmax(x.astype(jnp.float32), axis=-1).astype(dtype)
 
@@ -343,9 +343,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """uint32 words: the number of each element, mixed with both words of the key.
 
-    `jax.random.bits` is made for more than dropout asks: its generator takes a dozen times the operations, which was 30 % of a
-    BERT step on CPU and most of its compilation. Here XLA makes a word where it is used, in the backward pass again, so that no
-    array of them exists; and an element's word is the same on any mesh. Multiplications and shifts are "triple32" of Wellons 2018
+    `jax.random.bits` is made for more than dropout asks, and takes several times the operations: on CPU a third of the time over
+    which a BERT step compiles. Here XLA makes a word where it is used, in the backward pass again, so that no array of them
+    exists; and an element's word is the same on any mesh. Multiplications and shifts are "triple32" of Wellons 2018
     (nullprogram.com/blog/2018/07/31); the second word of the key enters after the first of them, or else two keys would give the
     same words in another order, and before two more, so that one bit of it changes half of a word's. Arrays of more than 2^32
     elements repeat.
