@@ -234,7 +234,7 @@ def summarise(files: tuple[Path, ...]) -> str:
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in (json.loads(file.read_text("utf-8")) for file in files):
         run_name = record["task"] + " by length" * record["group_by_length"]
-        run_name += " compiled" * record["compile"] + " bf16" * record["bf16"]
+        run_name += " compiled" * record.get("compile", False) + " bf16" * record.get("bf16", False)
         run_name += f" {record['max_steps']} steps" * (record["max_steps"] > 0)
         for part, scores in {**record["metrics"], "timing": record["timing"]}.items():
             for name, value in scores.items():
