@@ -25,7 +25,7 @@ import tyro
 from finetune_jax.cli import parse
 from finetune_jax.data.pipeline import device_batches
 from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
-from finetune_jax.train import prepare
+from finetune_jax.train import first_state, prepare
 
 # What a kernel computes, by the first pattern found in "operation result-shape jax-name".
 PARTS = (
@@ -66,7 +66,7 @@ class Side:
         job, batches, updates = setup.job, setup.batches, setup.updates
         accumulation = setup.config.train.accumulation
         step = make_train_step(job.task, job.parts, updates.optimizer, updates.schedule, accumulation)
-        self.state, self.seconds = setup.state, []
+        self.state, self.seconds = first_state(setup), []
         self.programs = {}
         since = time.perf_counter()
         for length in batches.lengths:

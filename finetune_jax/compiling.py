@@ -1,10 +1,10 @@
 """Compile once: a cache that outlives the process, programs side by side, and a word where something is compiled again."""
 
-import concurrent.futures
 import hashlib
 import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,10 +45,17 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
+def compiling_all(lowered: Mapping[Key, Any]) -> dict[Key, Future[Any]]:
+    """What is to be the compiled programs, of lowered ones, side by side: XLA leaves cores idle over one."""
+    pool = ThreadPoolExecutor(thread_name_prefix="compile")
+    started = {name: pool.submit(program.compile) for name, program in lowered.items()}
+    pool.shutdown(wait=False)  # takes no more; what it has goes on
+    return started
+
+
 def compile_all(lowered: Mapping[Key, Any]) -> dict[Key, Any]:
-    """Compiled programs by name, of lowered ones, side by side: XLA leaves cores idle over one."""
-    with concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile") as pool:
-        return dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
+    """The same, when they are there."""
+    return {name: future.result() for name, future in compiling_all(lowered).items()}
 
 
 @contextmanager

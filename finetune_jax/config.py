@@ -62,6 +62,8 @@ class ModelConfig:
     """Start a new head although the checkpoint has one, as when its labels are not the data's."""
     freeze: tuple[str, ...] = ()
     """Regexes found in parameter paths: those parameters get no gradient and no optimizer state."""
+    cache_features: bool = False
+    """Where only the head is trained and nothing before it is random: compute what the head reads once, and train on that. The same updates, without running the backbone again."""
     batch_norm: Literal["train", "frozen"] = "train"
     """ResNet: normalise training batches with their own statistics and update the averages, or with the averages, never updated."""
     dtype: Literal["float32", "bfloat16"] = "float32"

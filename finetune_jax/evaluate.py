@@ -17,7 +17,7 @@ from finetune_jax.data.sources import load_source
 from finetune_jax.errors import UserError
 from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model
 from finetune_jax.sharding import batch_parts
-from finetune_jax.step import abstract_batch, lower_forward, make_forward
+from finetune_jax.step import abstract_batch, lower_forward, make_features, make_forward
 from finetune_jax.tasks import TASKS
 from finetune_jax.tree import Flat
 
@@ -39,7 +39,7 @@ class Interrupted(Exception):
 
 
 class Forward:
-    """The compiled forward step of one split, to be run again as the weights change."""
+    """The compiled forward step of one split, to its logits or to its features, to be run again as the weights change."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Forward:
         batching: Batching,
         threads: int = 4,
         patience: float = math.inf,
+        features: int = 0,
     ):
         """
         Args:
@@ -60,16 +61,19 @@ class Forward:
             batching: How examples share rows.
             threads: That read ahead.
             patience: Seconds to wait for a batch.
+            features: Their width, where the step ends before the head.
         """
         shape = evaluation_shape(examples, batch_size, max_length, batching)
         self._job, self._examples, self._threads, self._patience = job, examples, threads, patience
+        make = make_features if features else make_forward
+        self._step, self._width = make(job.task, job.parts), features or job.task.num_labels
         self._batches = Batches(examples, shape, None, parts=batch_parts(job.mesh), mesh=job.mesh)
         self.compiled: dict[int, Any] = {}
         """Of what `lower` gives; made at first use where nobody has set it."""
 
     def lower(self, weights: Flat) -> dict[int, Any]:
         """Ready to compile, by the length of rows; `weights` gives shapes and shardings."""
-        step, rows, mesh = make_forward(self._job.task, self._job.parts), self._batches.rows, self._job.mesh
+        step, rows, mesh = self._step, self._batches.rows, self._job.mesh
         return {
             length: lower_forward(
                 step, weights, abstract_batch(self._batches.blank(length), rows, mesh), mesh
@@ -77,17 +81,17 @@ class Forward:
             for length in self._batches.lengths
         }
 
-    def logits(
+    def outputs(
         self, weights: Flat, stop: Callable[[], bool] = lambda: False
     ) -> tuple[np.ndarray, metrics.Sums]:
-        """Logits of all segments (or pieces) in the split's order, and the sums of the loss.
+        """Logits (or features) of all segments (or pieces) in the split's order, and the sums of the loss.
 
         Raises:
             Interrupted: `stop` said so.
         """
         if not self.compiled:
             self.compiled = compile_all(self.lower(weights))
-        collected = np.zeros((self._examples.outputs, self._job.task.num_labels), np.float32)
+        collected = np.zeros((self._examples.outputs, self._width), np.float32)
         sums: metrics.Sums = {}
         pending: list[tuple[int, Any]] = []
         batches = device_batches(self._batches, self._job.mesh, 0, self._threads, self._patience)
@@ -118,7 +122,7 @@ def evaluate(
     Raises:
         Interrupted: `stop` said so.
     """
-    logits, sums = forward.logits(weights, stop)
+    logits, sums = forward.outputs(weights, stop)
     figures, report = job.task.metrics(logits, examples)
     return Evaluation(metrics.means(sums) | figures, report, job.task.only_class(logits, examples))
 

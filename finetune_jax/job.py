@@ -6,6 +6,7 @@ run keeps one in RUN/model, so that a run and an exported checkpoint are opened 
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,29 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     schedule = make_schedule(config.optim, total_steps)
     decay = lookup(FAMILIES[job.family].DECAY, trained, "weight-decay rule")
     return Updates(is_frozen, schedule, make_optimizer(config.optim, schedule, decay))
+
+
+def cached_width(config: Config, job: Job, updates: Updates) -> int:
+    """Width of the features that the run keeps; 0 where it keeps none.
+
+    Raises:
+        UserError: They are not the same at every step.
+    """
+    if not config.model.cache_features:
+        return 0
+    head = re.compile(FAMILIES[job.family].HEAD)
+    trained = [path for path, frozen in updates.is_frozen.items() if not frozen and not head.fullmatch(path)]
+    reasons = job.task.varies(job.model_config)
+    if trained:
+        reasons.append(
+            f"{len(trained)} parameters before the head are trained, such as {trained[0]} (model.freeze)"
+        )
+    if reasons:
+        raise UserError(
+            f"model.cache-features: the features differ from step to step, for {'; '.join(reasons)}; change that, or do"
+            " without the cache"
+        )
+    return job.parts.abstract["classifier/kernel"].shape[0]
 
 
 def pretrained_weights(

@@ -30,6 +30,7 @@ from finetune_jax.job import (
     FAMILIES,
     Job,
     Updates,
+    cached_width,
     compute_of,
     make_job,
     make_updates,
@@ -232,6 +233,11 @@ class Subject:
             self.count / len(self.data) * batches.epochs.steps(config.train.epochs)
         )
         updates = make_updates(config, job, steps)
+        if cached_width(config, job, updates):
+            raise UserError(
+                "model.cache-features: the step of a run with kept features is too small to plan; without it plan shows"
+                " what computing them takes"
+            )
         state = abstract_state(job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh)
         batch = abstract_batch(batches.blank(batches.shape.length), batches.rows, job.mesh)
         step = make_train_step(

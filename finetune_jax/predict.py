@@ -95,7 +95,7 @@ def predict(
     examples = job.task.examples(lines, train=False)
     max_length = getattr(job.task, "max_length", 1)
     forward = Forward(job, examples, batch_size, max_length, "packed")
-    values, _ = forward.logits(weights)
+    values, _ = forward.outputs(weights)
     return job.task.predictions(values, examples, lines, logits)
 
 

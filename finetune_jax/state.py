@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from finetune_jax.sharding import replicated, shard_like_params
+from finetune_jax.sharding import bytes_a_device, replicated, shard_like_params
 from finetune_jax.tree import Flat, flatten
 
 
@@ -156,8 +156,8 @@ def parameter_table(state: TrainState) -> str:
     ]
     trained, total = parameter_counts(state)
     lines.append(f"{'all':<{width}} {trained:>13,} {total - trained:>13,}")
-    bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-    lines.append(f"optimizer state: {bytes_ / 1e6:,.1f} MB")
+    whole, _ = bytes_a_device(state.opt_state)
+    lines.append(f"optimizer state: {whole / 1e6:,.1f} MB")
     return "\n".join(lines)
 
 

@@ -44,12 +44,10 @@ def make_train_step(
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         total, weight, statistics, grads = summed_gradient(gradient, state, batch, key, accumulation)
-        norm = optax.tree.norm(grads)
+        # A batch in which nothing is labelled moves nothing, instead of 0 / 0.
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-12), grads)
+        norm = optax.tree.norm(grads)  # of what the optimizer clips, so that XLA computes it once
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        safe = jnp.maximum(
-            weight, 1e-12
-        )  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
-        grads = jax.tree.map(lambda g: g / safe, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
@@ -58,7 +56,7 @@ def make_train_step(
         one = jnp.ones((), jnp.float32)
         sums = {
             "loss": (total, weight),
-            "grad_norm": (norm / safe, one),
+            "grad_norm": (norm, one),
             "learning_rate": (learning_rate, one),
             "skipped": (skipped.astype(jnp.float32), one),
             "skipped_in_a_row": (in_a_row.astype(jnp.float32), one),
@@ -118,6 +116,16 @@ def make_forward(task: Task, parts: ModelParts) -> Callable[[Flat, DeviceBatch],
         model = nnx.merge(parts.graphdef, unflatten(weights), copy=True)
         logits = task.logits(model, batch, None)
         return logits, {"loss": task.loss(logits, batch)}
+
+    return forward
+
+
+def make_features(task: Task, parts: ModelParts) -> Callable[[Flat, DeviceBatch], tuple[jax.Array, StepSums]]:
+    """The same up to the head: (weights, batch) -> (float32 features, no sums)."""
+
+    def forward(weights: Flat, batch: DeviceBatch) -> tuple[jax.Array, StepSums]:
+        model = nnx.merge(parts.graphdef, unflatten(weights), copy=True)
+        return task.features(model, batch, None).astype(jnp.float32), {}
 
     return forward
 

@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,15 +18,24 @@ import numpy as np
 
 from finetune_jax import metrics, runtime, signals
 from finetune_jax.checkpoint import CheckpointWriter, Progress
-from finetune_jax.compiling import compile_all, recompilations, use_cache
+from finetune_jax.compiling import recompilations, use_cache
 from finetune_jax.config import Config, to_dict, validate
-from finetune_jax.data.pipeline import Batches, Unreadable, device_batches, padding_share, train_shape
+from finetune_jax.data.features import CachedFeatures
+from finetune_jax.data.pipeline import (
+    Batches,
+    Examples,
+    Unreadable,
+    device_batches,
+    padding_share,
+    train_shape,
+)
 from finetune_jax.data.sources import Source, cache_root
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
 from finetune_jax.job import (
     Job,
     Updates,
+    cached_width,
     job_from_config,
     make_updates,
     open_pretrained,
@@ -35,10 +43,17 @@ from finetune_jax.job import (
     pretrained_weights,
 )
 from finetune_jax.meter import Meter, Trace
+from finetune_jax.programs import Programs
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder
 from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
-from finetune_jax.state import TrainState, create_state, initial_weights, parameter_counts, parameter_table
-from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
+from finetune_jax.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    initial_weights,
+    parameter_counts,
+    parameter_table,
+)
 from finetune_jax.storage import Folder, place, write_json
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.writers import Writer, say
@@ -107,18 +122,22 @@ class Setup:
     metric: str
     """Decides what is best."""
     examples: dict[str, Any]
-    """Features by split."""
+    """Splits, as the task made them."""
+    inputs: dict[str, Examples]
+    """The same, as batches are made of them."""
     batches: Batches
     total_steps: int
     updates: Updates
     state: TrainState
-    """Before the first update."""
+    """Shapes and places."""
+    loaded: dict[str, np.ndarray]
+    """Weights of the checkpoint that is fine-tuned, until they are placed."""
     note: str
     """Where the weights came from."""
 
 
 def prepare(config: Config, devices: Devices | None) -> Setup:
-    """Config to data, model, batches and the first state. Weights are placed before the optimizer's state is made from them.
+    """Config to data, model, batches and weights as they were read; no array is made on the mesh.
 
     Raises:
         UserError: Naming what cannot be used.
@@ -140,58 +159,60 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
     batches.steps = total_steps
 
-    loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
-    weights, shardings = initial_weights(job.parts, job.shardings, config.seed, loaded), job.shardings
     updates = make_updates(config, job, total_steps)
-    state = create_state(
-        weights, shardings, job.parts.statistics, updates.is_frozen, updates.optimizer, job.mesh, config.seed
+    inputs: dict[str, Examples] = examples
+    if width := cached_width(config, job, updates):
+        inputs = {split: CachedFeatures(features, width) for split, features in examples.items()}
+        batches.examples = inputs["train"]
+    state = abstract_state(job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh)
+    loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
+    return Setup(
+        config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note
     )
-    return Setup(config, job, source, metric, examples, batches, total_steps, updates, state, note)
+
+
+def first_state(setup: Setup) -> TrainState:
+    """The state before the first update. Weights are placed before the optimizer's state is made from them."""
+    job, updates, seed = setup.job, setup.updates, setup.config.seed
+    weights = initial_weights(job.parts, job.shardings, seed, setup.loaded)
+    return create_state(
+        weights,
+        job.shardings,
+        job.parts.statistics,
+        updates.is_frozen,
+        updates.optimizer,
+        job.mesh,
+        seed,
+    )
 
 
 def fit(
     setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None, profile: int = 0
 ) -> dict[str, Any]:
-    """Restore, compile, loop, result."""
+    """Compile, restore, loop, result."""
     config, job, batches, total_steps = setup.config, setup.job, setup.batches, setup.total_steps
-    restored = saver.checkpoints.restore(setup.state)
-    if restored is not None:
-        # `setup` lives as long as the run: its state must not take memory beside the restored one.
-        for leaf in jax.tree.leaves(setup.state):
-            leaf.delete()
-    state, progress = restored or (setup.state, Progress())
-    step = int(state.step)
     patience = config.train.early_stopping or sys.maxsize
-    if (step == total_steps or progress.stale >= patience) and (run / RESULT_FILE).is_file():
-        say(f"{run} is complete: {step} updates are done")
-        return json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
-    announce(setup, state, f"resumed at step {step}" if step else setup.note)
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Compile, once, before the loop.
+    # Compile, once, before the loop; beside that, the state. What may be complete compiles nothing until that is known.
     # ----------------------------------------------------------------------------------------------------------------
     signals.phase("compiling")
-    compiling = time.perf_counter()
-    size, data = config.evaluation.batch_size, config.data
-    forwards = {
-        split: Forward(job, examples, size, data.max_length, data.batching, data.threads, data.stall_seconds)
-        for split, examples in setup.examples.items()
-        if split != "train"
-    }
-    update = make_train_step(
-        job.task, job.parts, setup.updates.optimizer, setup.updates.schedule, config.train.accumulation
-    )
-    lowered = {}
-    for length in batches.lengths:
-        batch = abstract_batch(batches.blank(length), batches.rows, job.mesh)
-        lowered["train", length] = lower_train_step(update, state, batch, job.mesh)
-    for split, forward in forwards.items():
-        lowered |= {(split, length): program for length, program in forward.lower(state.weights).items()}
-    compiled = compile_all(lowered)
-    train_steps = {length: compiled["train", length] for length in batches.lengths}
-    for split, forward in forwards.items():
-        forward.compiled = {length: program for (of, length), program in compiled.items() if of == split}
-    say_compiled(train_steps[batches.shape.length], time.perf_counter() - compiling)
+    ended = (run / RESULT_FILE).is_file()
+    programs = None if ended else Programs(config, job, batches, setup.inputs, setup.updates, setup.state)
+    state, progress = saver.checkpoints.restore(setup.state) or (first_state(setup), Progress())
+    setup.loaded.clear()  # `setup` lives as long as the run
+    step = int(state.step)
+    if ended and (step == total_steps or progress.stale >= patience):
+        say(f"{run} is complete: {step} updates are done")
+        return json.loads((run / RESULT_FILE).read_text(encoding="utf-8"))
+    programs = programs or Programs(config, job, batches, setup.inputs, setup.updates, setup.state)
+    announce(setup, f"resumed at step {step}" if step else setup.note)
+    train_steps, seconds = programs.wait()
+    say_compiled(train_steps[batches.shape.length], seconds)
+    forwards = programs.forwards
+    if config.model.cache_features:
+        signals.phase("computing features")
+        say(f"features are computed once: {programs.keep_features(state.weights) / 1e6:,.1f} MB in memory")
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loop. Within a step the order is: update, read the previous step's numbers, evaluate, save, stop. The data
@@ -237,7 +258,9 @@ def fit(
             stop = runtime.Stop(watch)
             if progress.unevaluated:
                 measure()
-            ahead = device_batches(batches, job.mesh, progress.next_batch, data.threads, data.stall_seconds)
+            ahead = device_batches(
+                batches, job.mesh, progress.next_batch, config.data.threads, config.data.stall_seconds
+            )
             readable = () if progress.unevaluated else until_unreadable(ahead, unreadable)
             for batch in meter.waiting_for("input", readable):
                 if progress.stale >= patience:
@@ -490,9 +513,9 @@ def write_train_row(setup: Setup, writer: Writer, meter: Meter, step: int, sums:
         )
 
 
-def announce(setup: Setup, state: TrainState, note: str) -> None:
+def announce(setup: Setup, note: str) -> None:
     """What is about to be trained, on what."""
-    job, batches = setup.job, setup.batches
+    job, batches, state = setup.job, setup.batches, setup.state
     say(f"{job.task.architecture}: {note}")
     say(parameter_table(state))
     if state.model_state and getattr(job.task, "batch_norm", "") == "train" and state.frozen:
@@ -533,7 +556,7 @@ def placement_summary(job: Job, state: TrainState) -> list[str]:
         texts.append(f"{part / 1e6:,.1f} of {whole / 1e6:,.1f} MB of {name}")
     lines.append(f"a device holds {' and '.join(texts)}")
     copied = [path for path, placement in job.placements.items() if not any(placement.sharding.spec)]
-    size = sum(state.weights[path].nbytes for path in copied)
+    size, _ = bytes_a_device([state.weights[path] for path in copied])
     lines.append(
         f"copied to every device: {len(copied)} of {len(job.placements)} weights, {size / 1e6:,.1f} MB"
     )

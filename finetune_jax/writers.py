@@ -10,7 +10,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Writer:
         """
         self._files: dict[str, Any] = {}
         self._mirror: Mirror | None = None
-        self._clu = None
+        self._tensorboard: EventFiles | None = None
         self._bar = tqdm(total=total, initial=resumed_at, unit="step", disable=None, dynamic_ncols=True)
         if jax.process_index() != 0:
             return
@@ -47,7 +48,7 @@ class Writer:
             _forget_after(file, resumed_at)
             self._files[name] = file.open("a", encoding="utf-8")
         if tensorboard:
-            self._clu = _clu_writer(self._mirror.local)
+            self._tensorboard = EventFiles(self._mirror.local)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One row; `kind` is data, train, validation or test. Values that are no numbers go to metrics.jsonl only.
@@ -72,9 +73,9 @@ class Writer:
             raise UserError(
                 f"{place} cannot be written: {error.strerror}; free space, and the same command goes on"
             ) from error
-        if self._clu is not None:
+        if self._tensorboard is not None:
             scalars = {f"{kind}/{n}": v for n, v in row.items() if isinstance(v, int | float)}
-            self._clu.write_scalars(step, scalars)
+            self._tensorboard.write(step, scalars)
 
     def advance(self, step: int, **shown: float) -> None:
         """Move the progress bar."""
@@ -93,8 +94,8 @@ class Writer:
             UserError: It cannot be reached.
         """
         if self._mirror is not None and self._mirror.is_copy:
-            if self._clu is not None:
-                self._clu.flush()
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
             self._mirror.send()
 
     def close(self) -> None:
@@ -102,8 +103,8 @@ class Writer:
         self._bar.close()
         for file in self._files.values():
             file.close()
-        if self._clu is not None:
-            self._clu.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -131,16 +132,56 @@ def _forget_after(path: Path, step: int) -> None:
     os.replace(draft, path)
 
 
-def _clu_writer(run: Path) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it computes nothing here, but would announce itself
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TensorFlow's own deprecations are not the user's
-        import tensorflow as tf
+class EventFiles:
+    """TensorBoard's files and the log through CLU, in a thread of their own: importing TensorFlow takes as long as ten small steps."""
 
-        for kind in ("GPU", "TPU"):
-            tf.config.set_visible_devices([], kind)
-        from clu import metric_writers
+    def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: Where the files go.
+        """
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._clu: Any = None
+        self._last = self._thread.submit(self._open, folder)
 
-    writers = [metric_writers.SummaryWriter(str(run)), metric_writers.LoggingWriter()]
-    return metric_writers.AsyncMultiWriter(writers)
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """A row, some time later; what went wrong with an earlier one is raised here."""
+        self._then(lambda: self._clu.write_scalars(step, scalars))
+
+    def flush(self) -> None:
+        """Waits until all rows are in the files."""
+        self._then(lambda: self._clu.flush()).result()
+
+    def close(self) -> None:
+        """Waits, and closes the files."""
+        with self._thread:
+            self._then(lambda: self._clu.close()).result()
+
+    def _then(self, call: Callable[[], None]) -> Future[None]:
+        before = self._last
+        if before.done():
+            before.result()
+
+        def after() -> None:
+            before.result()  # one that failed fails all that come after it, up to whoever waits
+            call()
+
+        self._last = self._thread.submit(after)
+        return self._last
+
+    def _open(self, folder: Path) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        os.environ.setdefault(
+            "TF_ENABLE_ONEDNN_OPTS", "0"
+        )  # it computes nothing here, but would announce itself
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TensorFlow's own deprecations are not the user's
+            import tensorflow as tf
+
+            for kind in ("GPU", "TPU"):
+                tf.config.set_visible_devices([], kind)
+            from clu import metric_writers
+
+        self._clu = metric_writers.MultiWriter(
+            [metric_writers.SummaryWriter(str(folder)), metric_writers.LoggingWriter()]
+        )

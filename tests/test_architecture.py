@@ -22,14 +22,14 @@ FLOORS = [
     {"data", "hf", "optim", "sharding"},
     {"tasks", "state"},
     {"step", "checkpoint", "job"},
-    {"runfolder", "evaluate", "predict", "export", "audit", "meter"},
+    {"runfolder", "evaluate", "predict", "export", "audit", "meter", "programs"},
     {"train", "plan", "plan_report"},
     {"cli", "__main__"},
 ]
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
     ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"),
-    ("export", "runfolder"), ("predict", "evaluate"), ("__main__", "cli"), ("targets", "config"), ("plan_report", "plan"),
+    ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("targets", "config"), ("plan_report", "plan"),
 }  # fmt: skip
 
 

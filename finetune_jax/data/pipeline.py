@@ -49,6 +49,10 @@ class Examples(Protocol):
 
     def gather(self, logits: np.ndarray, where: Placement) -> tuple[np.ndarray, np.ndarray]: ...
 
+    def spread(self, rows: np.ndarray, where: Placement, shape: RowShape) -> np.ndarray: ...
+
+    def targets(self, where: Placement, shape: RowShape) -> Batch: ...
+
     def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> Batch: ...
 
 
@@ -91,6 +95,19 @@ class ImageExamples:
     def gather(self, logits: np.ndarray, where: Placement) -> tuple[np.ndarray, np.ndarray]:
         """(numbers, rows) of a batch's outputs, from logits BxC."""
         return where.segment, logits[where.row]
+
+    def spread(self, rows: np.ndarray, where: Placement, shape: RowShape) -> np.ndarray:
+        """Of what the split has a row for each image, a batch's, and zeros where it has no image."""
+        spread = np.zeros((shape.rows, *rows.shape[1:]), rows.dtype)
+        spread[where.row] = rows[where.segment]
+        return spread
+
+    def targets(self, where: Placement, shape: RowShape) -> Batch:
+        """`labels` and `weights`, B, without decoding an image; weights are 0 where there is none."""
+        labels, weights = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.float32)
+        if len(where.segment):  # a blank batch asks for no label
+            labels[where.row], weights[where.row] = self.labels[where.segment], 1.0
+        return {"labels": labels, "weights": weights}
 
     def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> Batch:
         """uint8 `pixels` BxHxWxC (normalised on the device), labels and weights B.

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,32 @@ class TextFeatures:
         flat, row, column, _ = self._pieces(where)
         return flat, logits[row, column]
 
+    def spread(self, rows: np.ndarray, where: Placement, shape: RowShape) -> np.ndarray:
+        """Of what the split has a row for each output, a batch's: BxL in token tasks, else BxS, and zeros elsewhere."""
+        if self.words.size:
+            flat, row, column, _ = self._pieces(where)
+            spread = np.zeros((shape.rows, shape.length, *rows.shape[1:]), rows.dtype)
+            spread[row, column] = rows[flat]
+        else:
+            spread = np.zeros((shape.rows, shape.segments, *rows.shape[1:]), rows.dtype)
+            spread[where.row, where.slot] = rows[where.segment]
+        return spread
+
+    def targets(self, where: Placement, shape: RowShape) -> dict[str, np.ndarray]:
+        """`labels` and `weights`, BxS in sequence tasks, BxL in token tasks; weights are 0 where nothing is to be learned."""
+        labels = self.spread(self.labels, where, shape)
+        if self.words.size:
+            inside = self.spread(self._is_tagged, where, shape)
+            return {"labels": np.where(inside > 0, labels, 0), "weights": inside}
+        weights = np.zeros(labels.shape, np.float32)
+        weights[where.row, where.slot] = 1.0
+        return {"labels": labels, "weights": weights}
+
+    @cached_property
+    def _is_tagged(self) -> np.ndarray:
+        """float32 [P]: 1 where a piece has a tag."""
+        return (self.labels >= 0).astype(np.float32)
+
     def _pieces(self, where: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(number in the split, row, column, position in the segment) of each piece of a batch."""
         lengths = self.lengths[where.segment]
@@ -159,10 +186,7 @@ class TextFeatures:
         return flat, np.repeat(where.row, lengths), np.repeat(where.start, lengths) + step, step
 
     def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> dict[str, np.ndarray]:
-        """A batch: rows B, length L, slots S (see models/bert.py for what each array means).
-
-        labels and weights are BxS in sequence tasks, BxL in token tasks; weights are 0 where nothing is to be learned.
-        """
+        """A batch: rows B, length L, slots S (see models/bert.py for what each array means), with its targets."""
         del epoch  # text is not augmented
         size = (shape.rows, shape.length)
         ids, types = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -174,17 +198,9 @@ class TextFeatures:
         places[row, column] = step
         segments[row, column] = np.repeat(where.slot + 1, self.lengths[where.segment])
         first[where.row, where.slot] = where.start
-        if self.words.size:
-            labels, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
-            tags = self.labels[flat]
-            labels[row, column] = np.maximum(tags, 0)
-            weights[row, column] = tags >= 0
-        else:
-            labels, weights = np.zeros(first.shape, self.labels.dtype), np.zeros(first.shape, np.float32)
-            labels[where.row, where.slot] = self.labels[where.segment]
-            weights[where.row, where.slot] = 1.0
-        names = ("input_ids", "token_type_ids", "position_ids", "segment_ids", "first", "labels", "weights")
-        return dict(zip(names, (ids, types, places, segments, first, labels, weights), strict=True))
+        names = ("input_ids", "token_type_ids", "position_ids", "segment_ids", "first")
+        inputs = zip(names, (ids, types, places, segments, first), strict=True)
+        return {**dict(inputs), **self.targets(where, shape)}
 
 
 def sequence_features(

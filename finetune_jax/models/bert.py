@@ -227,17 +227,23 @@ class Bert(nnx.Module):
         """All layers, in a row of copies or in a loop, with the same dropout either way."""
         graphdefs, weights = zip(*(nnx.split(layer) for layer in self.encoder.layer), strict=True)
 
-        def run(x_BxLxD: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
-            weights, index = layer
+        def run_layer(
+            x_BxLxD: jax.Array, weights: nnx.State, index: jax.Array, visible_Bx1xLxL: jax.Array, key: Any
+        ) -> jax.Array:
             layer_key = None if key is None else jax.random.fold_in(key, index)
             x_BxLxD = nnx.merge(graphdefs[0], weights)(x_BxLxD, visible_Bx1xLxL, layer_key)
-            return self.compute.split_rows(x_BxLxD), None
+            return self.compute.split_rows(x_BxLxD)
 
-        run = rematerialised(run, self.compute.remat, in_scan=self.compute.scan_layers)
+        # Under jit a layer is traced once and called; each copy would be traced for itself.
+        run = rematerialised(jax.jit(run_layer), self.compute.remat, in_scan=self.compute.scan_layers)
         if self.compute.scan_layers:
-            return jax.lax.scan(run, x_BxLxD, (self._stacked(weights), jnp.arange(len(weights))))[0]
+
+            def scanned(x_BxLxD: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+                return run(x_BxLxD, *layer, visible_Bx1xLxL, key), None
+
+            return jax.lax.scan(scanned, x_BxLxD, (self._stacked(weights), jnp.arange(len(weights))))[0]
         for index, state in enumerate(weights):
-            x_BxLxD, _ = run(x_BxLxD, (state, jnp.asarray(index)))
+            x_BxLxD = run(x_BxLxD, state, jnp.asarray(index), visible_Bx1xLxL, key)
         return x_BxLxD
 
     def _stacked(self, weights: Sequence[nnx.State]) -> nnx.State:
@@ -261,6 +267,10 @@ class _Classifier(nnx.Module):
         self.classifier = Linear(config.hidden_size, num_labels, init, dtype=jnp.float32, rngs=rngs)
         own = config.classifier_dropout
         self.dropout_rate = config.hidden_dropout_prob if own is None else own
+
+    def head(self, features: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Logits, float32, of what `features` gave with the same key."""
+        return self.classifier(dropout(features, self.dropout_rate, _split(dropout_key, 2)[1]))
 
 
 class BertForSequenceClassification(_Classifier):
@@ -292,12 +302,32 @@ class BertForSequenceClassification(_Classifier):
         Returns:
             logits_BxSxC, float32.
         """
-        bert_key, head_key = _split(dropout_key, 2)
+        features_BxSxD = self.features(
+            input_ids_BxL,
+            token_type_ids_BxL,
+            position_ids_BxL,
+            segment_ids_BxL,
+            first_BxS,
+            dropout_key=dropout_key,
+        )
+        return self.head(features_BxSxD, dropout_key)
+
+    def features(
+        self,
+        input_ids_BxL: jax.Array,
+        token_type_ids_BxL: jax.Array,
+        position_ids_BxL: jax.Array,
+        segment_ids_BxL: jax.Array,
+        first_BxS: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head reads, BxSxD: the pooler's output for each segment."""
+        bert_key, _ = _split(dropout_key, 2)
         x_BxLxD = self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
         split_rows = self.bert.compute.split_rows
         first_BxSxD = split_rows(jnp.take_along_axis(x_BxLxD, first_BxS[:, :, None], axis=1))
-        pooled_BxSxD = split_rows(self.bert.pooler(first_BxSxD))
-        return self.classifier(dropout(pooled_BxSxD, self.dropout_rate, head_key))
+        return split_rows(self.bert.pooler(first_BxSxD))
 
 
 class BertForTokenClassification(_Classifier):
@@ -316,9 +346,23 @@ class BertForTokenClassification(_Classifier):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """logits_BxLxC, float32; arguments as those of `BertForSequenceClassification`."""
-        bert_key, head_key = _split(dropout_key, 2)
-        x_BxLxD = self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
-        return self.classifier(dropout(x_BxLxD, self.dropout_rate, head_key))
+        features_BxLxD = self.features(
+            input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, dropout_key=dropout_key
+        )
+        return self.head(features_BxLxD, dropout_key)
+
+    def features(
+        self,
+        input_ids_BxL: jax.Array,
+        token_type_ids_BxL: jax.Array,
+        position_ids_BxL: jax.Array,
+        segment_ids_BxL: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head reads, BxLxD: the encoder's output."""
+        bert_key, _ = _split(dropout_key, 2)
+        return self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
 
 
 def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:

@@ -233,8 +233,18 @@ class ResNetForImageClassification(nnx.Module):
         Raises:
             UserError: If the number of channels is not the model's.
         """
-        pooled_BxD = self.resnet(pixel_values_BxHxWxC, weight_B, update_statistics)
-        return self.classifier(pooled_BxD)
+        return self.head(self.features(pixel_values_BxHxWxC, weight_B, update_statistics=update_statistics))
+
+    def features(
+        self, pixel_values_BxHxWxC: jax.Array, weight_B: jax.Array | None = None, *, update_statistics: bool
+    ) -> jax.Array:
+        """What the head reads, BxD: the mean over positions."""
+        return self.resnet(pixel_values_BxHxWxC, weight_B, update_statistics)
+
+    def head(self, features_BxD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Logits, float32; a ResNet has no dropout."""
+        del dropout_key
+        return self.classifier(features_BxD)
 
 
 def _uniform(bound: float):

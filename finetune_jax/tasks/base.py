@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from finetune_jax.data.features import FEATURES
 from finetune_jax.data.pipeline import Examples
 from finetune_jax.errors import UserError
 
@@ -61,8 +62,17 @@ class Task(abc.ABC):
         """Features of a split; with a cache key, kept on disk."""
 
     @abc.abstractmethod
+    def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """Run the model on a batch up to its head; a key means training (dropout on, batch statistics)."""
+
     def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
-        """Run the model on a batch; a key means training (dropout on, batch statistics)."""
+        """Run the model on a batch, or its head alone on features that were kept."""
+        kept = FEATURES in batch
+        return model.head(batch[FEATURES] if kept else self.features(model, batch, key), key)
+
+    @abc.abstractmethod
+    def varies(self, model_config: Any) -> list[str]:
+        """What makes the features of an example differ between training steps, apart from weights; a clause each."""
 
     @abc.abstractmethod
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:

@@ -39,11 +39,16 @@ class ImageClassification(ClassTask):
         augmentation = self.augmentation if train else "none"
         return ImageExamples(records, self.processor, self.channels, augmentation, self.seed)
 
-    def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
-        """BxC"""
+    def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """BxD"""
         pixels = self.processor.normalise(batch["pixels"])
         update = key is not None and self.batch_norm == "train"
-        return model(pixels, batch["weights"], update_statistics=update)
+        return model.features(pixels, batch["weights"], update_statistics=update)
+
+    def varies(self, model_config: Any) -> list[str]:
+        """Augmentation, and statistics of a batch."""
+        found = [] if self.augmentation == "none" else [f"data.image.augment is {self.augmentation}"]
+        return found + (["model.batch-norm is train"] if self.batch_norm == "train" else [])
 
     def classes(self, logits: np.ndarray, examples: ImageExamples) -> tuple[np.ndarray, np.ndarray]:
         """Of the images."""

@@ -27,6 +27,12 @@ class TextTask(Task):
         """The tokenizer's files."""
         save_tokenizer(self.tokenizer, folder, self.max_length)
 
+    def varies(self, model_config: Any) -> list[str]:
+        """Dropout before the head."""
+        names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        rates = {name: getattr(model_config, name) for name in names}
+        return [f"model.hf-config has {name} {rate:g}" for name, rate in rates.items() if rate]
+
     def _cached(self, key: tuple[Any, ...] | None, make: Any) -> TextFeatures:
         if key is None or self.cache is None:
             return make()
@@ -59,9 +65,9 @@ class SequenceTask(TextTask):
 
         return self._cached(cache_key, make)
 
-    def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
-        """BxSxC"""
-        return model(
+    def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """BxSxD"""
+        return model.features(
             batch["input_ids"],
             batch["token_type_ids"],
             batch["position_ids"],

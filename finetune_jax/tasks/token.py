@@ -60,9 +60,9 @@ class TokenClassification(ClassTask, TextTask):
             ]
         )
 
-    def logits(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
-        """BxLxC"""
-        return model(
+    def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
+        """BxLxD"""
+        return model.features(
             batch["input_ids"],
             batch["token_type_ids"],
             batch["position_ids"],

@@ -1,0 +1,76 @@
+"""All that a run executes, compiled beside the rest of its preparation: weights are read and placed meanwhile."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_jax.compiling import compiling_all
+from finetune_jax.config import Config
+from finetune_jax.data.features import CachedFeatures
+from finetune_jax.data.pipeline import Batches, Examples
+from finetune_jax.evaluate import Forward
+from finetune_jax.job import Job, Updates
+from finetune_jax.state import TrainState
+from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
+from finetune_jax.tree import Flat
+
+
+class Programs:
+    """A train step for each length of rows, the forward step of each split that is evaluated, and of each that is cached."""
+
+    def __init__(
+        self,
+        config: Config,
+        job: Job,
+        batches: Batches,
+        examples: Mapping[str, Examples],
+        updates: Updates,
+        state: TrainState,
+    ) -> None:
+        """Begins to compile.
+
+        Args:
+            config: The recipe.
+            job: Task, model and mesh.
+            batches: Of training.
+            examples: Features by split.
+            updates: What an update does.
+            state: Shapes and places.
+        """
+        self._since = time.perf_counter()
+        data, mesh = config.data, job.mesh
+        size = config.evaluation.batch_size
+
+        def forward_of(split: Examples, features: int = 0) -> Forward:
+            length, batching, threads = data.max_length, data.batching, data.threads
+            return Forward(job, split, size, length, batching, threads, data.stall_seconds, features)
+
+        self.forwards = {name: forward_of(split) for name, split in examples.items() if name != "train"}
+        self._cached = {n: split for n, split in examples.items() if isinstance(split, CachedFeatures)}
+        self._backbones = {n: forward_of(split.examples, split.width) for n, split in self._cached.items()}
+        accumulation = config.train.accumulation
+        update = make_train_step(job.task, job.parts, updates.optimizer, updates.schedule, accumulation)
+        lowered: dict[tuple[Any, ...], Any] = {}
+        for length in batches.lengths:
+            batch = abstract_batch(batches.blank(length), batches.rows, mesh)
+            lowered["train", length] = lower_train_step(update, state, batch, mesh)
+        for kind, forwards in (("logits", self.forwards), ("features", self._backbones)):
+            for split, forward in forwards.items():
+                programs = forward.lower(state.weights)
+                lowered |= {(kind, split, length): program for length, program in programs.items()}
+        self._compiling = compiling_all(lowered)
+
+    def wait(self) -> tuple[dict[int, Any], float]:
+        """The train steps by length of rows, and the seconds since all began; the forward steps are ready too."""
+        compiled = {name: future.result() for name, future in self._compiling.items()}
+        for kind, forwards in (("logits", self.forwards), ("features", self._backbones)):
+            for split, forward in forwards.items():
+                forward.compiled = {name[2]: p for name, p in compiled.items() if name[:2] == (kind, split)}
+        steps = {name[1]: program for name, program in compiled.items() if name[0] == "train"}
+        return steps, time.perf_counter() - self._since
+
+    def keep_features(self, weights: Flat) -> int:
+        """Run the frozen backbone over all splits that are to be cached; returns the bytes that this takes."""
+        for name, split in self._cached.items():
+            split.values, _ = self._backbones[name].outputs(weights)
+        return sum(split.values.nbytes for split in self._cached.values())
