@@ -70,6 +70,8 @@ class ModelConfig:
     """Compute dtype. Parameters, LayerNorm, softmax, BatchNorm statistics and the loss are float32 always."""
     remat: Literal["none", "dots", "full"] = "none"
     """What a layer (BERT) or block (ResNet) keeps for the backward pass: everything; the results of its dense layers; its input only. Less memory, more arithmetic, the same gradient."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """BERT: attention where none of its weights are dropped: by XLA, or by a kernel that keeps no L x L array (splash for TPU, rows of a multiple of 128 pieces; cudnn for CUDA, bfloat16). auto: splash for rows of 512 pieces and more on TPU, else xla."""
     scan_layers: bool = False
     """BERT: compile one layer and run it in a loop. Compiles faster, takes more memory; checkpoints and exports are the same."""
     batch_norm_groups: int = 1

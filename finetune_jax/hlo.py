@@ -142,7 +142,7 @@ def parse(text: str) -> tuple[Mapping[str, Computation], str]:
             if head:
                 current = computations.setdefault(head[1], {})
                 entry = head[1] if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's metadata has lines of its own, that begin with one
             current = None
         else:
             found = _instruction(line)
@@ -414,7 +414,15 @@ def _flops(instruction: Instruction, inside: Computation) -> float:
         return _convolution_flops(operands[0], result, operands[1], attributes)
     if "__cudnn$conv" in attributes:
         return _convolution_flops(operands[0], operands[1], result, attributes)
+    for kernel, products in _SPLASH.items():
+        if instruction.name.startswith(kernel):
+            rows_heads_length_width = next(shape for shape in operands if len(shape) == 4)
+            return 2.0 * products * math.prod(rows_heads_length_width) * rows_heads_length_width[2]
     return 0.0
+
+
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+"""Products of L x L by H that each kernel of splash attention makes; the backward ones begin with the scores again."""
 
 
 def _product_flops(result: Sequence[int], left: Sequence[int], pattern: str, attributes: str) -> float:

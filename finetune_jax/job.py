@@ -27,6 +27,7 @@ from finetune_jax.data.text import load_tokenizer
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
+from finetune_jax.kernels import PLATFORMS, attention_kernel
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
@@ -82,12 +83,15 @@ def make_job(
     config: MeshConfig,
     devices: Devices | None,
     compute: Compute = FLOAT32,
+    attention: str = "auto",
 ) -> Job:
     """Trace the task's model and lay it out on a mesh; no weights are made."""
 
     mesh = make_mesh(config, devices)
     if mesh.shape["fsdp"] > 1:
         compute = dataclasses.replace(compute, split_rows=split_rows(mesh))
+    if family == "bert":
+        compute = dataclasses.replace(compute, attend=attention_kernel(attention, mesh))
 
     def build(key: jax.Array) -> nnx.Module:
         model: Any = task.model_class
@@ -140,7 +144,21 @@ def job_from_config(
     model_config = parse_model(config.model, checkpoint)
     task = task_from_config(config, checkpoint, model_config, source.labels)
     family, compute = config.model.family, compute_of(config.model)
-    return make_job(task, family, model_config, config.mesh, devices, compute)
+    check_attention(config.model, model_config)
+    return make_job(task, family, model_config, config.mesh, devices, compute, config.model.attention)
+
+
+def check_attention(config: ModelConfig, model_config: Any) -> None:
+    """
+    Raises:
+        UserError: A kernel without dropout is to train with it.
+    """
+    rate = getattr(model_config, "attention_probs_dropout_prob", 0.0)
+    if config.attention in PLATFORMS and rate:
+        raise UserError(
+            f"model.attention {config.attention} has no dropout, attention_probs_dropout_prob is {rate:g}; set it to 0 with"
+            " --model.hf-config, or take auto: then training is left to XLA"
+        )
 
 
 def parse_model(config: ModelConfig, checkpoint: Checkpoint | None) -> Any:

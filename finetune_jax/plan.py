@@ -31,6 +31,7 @@ from finetune_jax.job import (
     Job,
     Updates,
     cached_width,
+    check_attention,
     compute_of,
     make_job,
     make_updates,
@@ -224,7 +225,10 @@ class Subject:
     def estimate(self, config: Config, target: Target, devices: list[Any]) -> Estimate:
         """The recipe, as it is or with other knobs, compiled for a target."""
         family, compute = config.model.family, compute_of(config.model)
-        job = make_job(self.task, family, self.model_config, config.mesh, devices, compute)
+        check_attention(config.model, self.model_config)
+        job = make_job(
+            self.task, family, self.model_config, config.mesh, devices, compute, config.model.attention
+        )
         parts = batch_parts(job.mesh) * config.train.accumulation
         batching, longest = config.data.batching, config.data.max_length
         shape = train_shape(self.data, config.train.batch_size, longest, batching, parts)

@@ -20,7 +20,7 @@ FLOORS = [
         "compiling",
     },
     {"data", "hf", "optim", "sharding"},
-    {"tasks", "state"},
+    {"tasks", "state", "kernels"},
     {"step", "checkpoint", "job"},
     {"runfolder", "evaluate", "predict", "export", "audit", "meter", "programs"},
     {"train", "plan", "plan_report"},

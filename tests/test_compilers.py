@@ -179,3 +179,30 @@ def test_slices_talk_over_the_network(target):
     estimate, _ = of(recipe("resnet"), target)
     assert estimate.bounds["network"] > 0
     assert "data between slices" in {c.axes for c in estimate.program.collectives}
+
+
+@pytest.mark.parametrize("target", [on("v5e:2x2")])
+def test_long_rows_take_splash_attention(target):
+    """One layer of 2 heads of 64: no weights of 512 x 512 are kept, on a mesh that splits rows and heads."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256, "num_hidden_layers": 1}
+    found = {}
+    for attention in ("auto", "xla"):
+        config, _ = shipped("sst2", 1)
+        fields = {**config.model.hf_config, **sizes, "attention_probs_dropout_prob": 0.0}
+        model = dataclasses.replace(config.model, hf_config=fields, dtype="bfloat16", attention=attention)
+        config = dataclasses.replace(
+            config,
+            model=model,
+            data=dataclasses.replace(config.data, max_length=512, batching="padded"),
+            train=dataclasses.replace(config.train, batch_size=64),
+            mesh=MeshConfig(data=2, tensor=2),
+        )
+        ((found[attention], _),) = plan(config, [target], workload=Workload(1000, 512, 2))
+    weights = 32 * 512 * 512 * 2  # of one head, bfloat16
+    assert found["auto"].memory.activations < found["xla"].memory.activations - weights
+    assert found["auto"].program.bytes < found["xla"].program.bytes
+    kernels = 2 * (2 + 3 + 4) * 32 * 512 * 512 * 64
+    products = 2 * (2 + 4) * 32 * 512 * 512 * 64
+    assert found["auto"].program.flops == pytest.approx(
+        found["xla"].program.flops + kernels - products, rel=0.01
+    )

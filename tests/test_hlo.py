@@ -174,3 +174,21 @@ def test_a_slice_fetched_ahead_of_use_is_read_once_and_no_more_of_it():
         ]
     lines += ["  ROOT %copy = f32[128,768]{1,0:T(8,128)S(1)} bitcast(%slice-done.3)", "}", ""]
     assert read_program("\n".join(lines), {"data": 1}).bytes == 4 * 512 * 768
+
+
+def test_a_kernel_of_several_lines_is_one_instruction():
+    """The text is as the TPU compiler writes it, of a forward pass with splash attention: 8 rows, 12 heads, 512 pieces, 64 wide."""
+    text = """HloModule jit_forward
+
+ENTRY %main (q: bf16[8,12,512,64], s: s32[8,8,512], k: bf16[64,32]) -> bf16[8,12,512,64] {
+  %q = bf16[8,12,512,64]{3,2,1,0} parameter(0)
+  %s = s32[8,8,512]{2,1,0} parameter(1)
+  %splash_mha_fwd_segmented.1 = (f32[8,512,64]{2,1,0}, bf16[8,12,512,64]{3,2,1,0}) custom-call(%s, %q, %q, %q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(forward)/pallas_call"}
+  %k = bf16[64,32]{1,0} parameter(2)
+  ROOT %dot.1 = bf16[8,12,512,32]{3,2,1,0} dot(%q, %k), lhs_contracting_dims={3}, rhs_contracting_dims={0}
+}
+"""
+    attention, product = 2 * 2 * 8 * 12 * 512 * 512 * 64, 2 * 8 * 12 * 512 * 64 * 32
+    assert read_program(text, {"data": 1}).flops == attention + product

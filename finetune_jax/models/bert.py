@@ -99,16 +99,17 @@ class Embeddings(nnx.Module):
 class SelfAttention(nnx.Module):
     """Multi-head attention; scores and softmax in float32."""
 
-    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        init, width = nnx.initializers.normal(config.initializer_range), config.hidden_size
+    def __init__(self, config: BertConfig, compute: Compute, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        width, dtype = config.hidden_size, compute.dtype
         self.query = Linear(width, width, init, dtype=dtype, rngs=rngs)
         self.key = Linear(width, width, init, dtype=dtype, rngs=rngs)
         self.value = Linear(width, width, init, dtype=dtype, rngs=rngs)
         self.heads = config.num_attention_heads
         self.dropout_rate = config.attention_probs_dropout_prob
-        self.dtype = dtype
+        self.dtype, self.attend = dtype, compute.attend
 
-    def __call__(self, x_BxLxD: jax.Array, visible_Bx1xLxL: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, key: jax.Array | None) -> jax.Array:
         B, L, D = x_BxLxD.shape
 
         def by_head(x_BxLxD: jax.Array) -> jax.Array:
@@ -117,9 +118,16 @@ class SelfAttention(nnx.Module):
         # Heads beside the batch before the products, not inside them: XLA's CPU backend is three times faster so.
         query_BxNxLxH, key_BxNxLxH = by_head(self.query(x_BxLxD)), by_head(self.key(x_BxLxD))
         value_BxNxLxH = by_head(self.value(x_BxLxD))
+        drops = key is not None and self.dropout_rate > 0
+        kernel = None if drops else self.attend
+        if kernel is not None and kernel.takes(self.heads, L, D // self.heads, self.dtype):
+            mixed_BxNxLxH = kernel(query_BxNxLxH, key_BxNxLxH, value_BxNxLxH, segment_ids_BxL)
+            return mixed_BxNxLxH.swapaxes(1, 2).reshape(B, L, D)
         scores_BxNxLxL = jnp.einsum(
             "bnqh,bnkh->bnqk", query_BxNxLxH, key_BxNxLxH, preferred_element_type=jnp.float32
         ) * ((D // self.heads) ** -0.5)
+        # Padding is a segment too, so that no position is without one to look at: nothing reads what it computes.
+        visible_Bx1xLxL = (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
         # The lowest float, not -inf: with segments each position sees itself, but no mask may ever give NaN.
         scores_BxNxLxL = jnp.where(visible_Bx1xLxL, scores_BxNxLxL, jnp.finfo(jnp.float32).min)
         weights_BxNxLxL = dropout(softmax(scores_BxNxLxL, self.dtype), self.dropout_rate, key)
@@ -144,9 +152,9 @@ class Output(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention and its output."""
 
-    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.self = SelfAttention(config, dtype, rngs)
-        self.output = Output(config.hidden_size, config, dtype, rngs)
+    def __init__(self, config: BertConfig, compute: Compute, rngs: nnx.Rngs):
+        self.self = SelfAttention(config, compute, rngs)
+        self.output = Output(config.hidden_size, config, compute.dtype, rngs)
 
 
 class Intermediate(nnx.Module):
@@ -164,15 +172,15 @@ class Intermediate(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then feed-forward."""
 
-    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention = Attention(config, dtype, rngs)
-        self.intermediate = Intermediate(config, dtype, rngs)
-        self.output = Output(config.intermediate_size, config, dtype, rngs)
-        self.dtype = dtype
+    def __init__(self, config: BertConfig, compute: Compute, rngs: nnx.Rngs):
+        self.attention = Attention(config, compute, rngs)
+        self.intermediate = Intermediate(config, compute.dtype, rngs)
+        self.output = Output(config.intermediate_size, config, compute.dtype, rngs)
+        self.dtype = compute.dtype
 
-    def __call__(self, x_BxLxD: jax.Array, visible_Bx1xLxL: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, key: jax.Array | None) -> jax.Array:
         weights_key, attention_key, output_key = _split(key, 3)
-        mixed_BxLxD = self.attention.self(x_BxLxD, visible_Bx1xLxL, weights_key)
+        mixed_BxLxD = self.attention.self(x_BxLxD, segment_ids_BxL, weights_key)
         x_BxLxD = self.attention.output(mixed_BxLxD, x_BxLxD, attention_key).astype(self.dtype)
         return self.output(self.intermediate(x_BxLxD), x_BxLxD, output_key).astype(self.dtype)
 
@@ -180,8 +188,8 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.layer = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: BertConfig, compute: Compute, rngs: nnx.Rngs):
+        self.layer = nnx.List([Layer(config, compute, rngs) for _ in range(config.num_hidden_layers)])
 
 
 class Pooler(nnx.Module):
@@ -200,7 +208,7 @@ class Bert(nnx.Module):
 
     def __init__(self, config: BertConfig, *, with_pooler: bool, compute: Compute, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, compute, rngs)
-        self.encoder = Encoder(config, compute.dtype, rngs)
+        self.encoder = Encoder(config, compute, rngs)
         if with_pooler:
             self.pooler = Pooler(config, compute.dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
@@ -217,21 +225,19 @@ class Bert(nnx.Module):
         embeddings_key, encoder_key = _split(key, 2)
         x_BxLxD = self.embeddings(input_ids_BxL, token_type_ids_BxL, position_ids_BxL)
         x_BxLxD = dropout(x_BxLxD, self.dropout_rate, embeddings_key).astype(self.compute.dtype)
-        # Padding is a segment too, so that no position is without one to look at: nothing reads what it computes.
-        visible_BxLxL = segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :]
-        return self._through_layers(x_BxLxD, visible_BxLxL[:, None], encoder_key)
+        return self._through_layers(x_BxLxD, segment_ids_BxL, encoder_key)
 
     def _through_layers(
-        self, x_BxLxD: jax.Array, visible_Bx1xLxL: jax.Array, key: jax.Array | None
+        self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, key: jax.Array | None
     ) -> jax.Array:
         """All layers, in a row of copies or in a loop, with the same dropout either way."""
         graphdefs, weights = zip(*(nnx.split(layer) for layer in self.encoder.layer), strict=True)
 
         def run_layer(
-            x_BxLxD: jax.Array, weights: nnx.State, index: jax.Array, visible_Bx1xLxL: jax.Array, key: Any
+            x_BxLxD: jax.Array, weights: nnx.State, index: jax.Array, segment_ids_BxL: jax.Array, key: Any
         ) -> jax.Array:
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            x_BxLxD = nnx.merge(graphdefs[0], weights)(x_BxLxD, visible_Bx1xLxL, layer_key)
+            x_BxLxD = nnx.merge(graphdefs[0], weights)(x_BxLxD, segment_ids_BxL, layer_key)
             return self.compute.split_rows(x_BxLxD)
 
         # Under jit a layer is traced once and called; each copy would be traced for itself.
@@ -239,11 +245,11 @@ class Bert(nnx.Module):
         if self.compute.scan_layers:
 
             def scanned(x_BxLxD: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
-                return run(x_BxLxD, *layer, visible_Bx1xLxL, key), None
+                return run(x_BxLxD, *layer, segment_ids_BxL, key), None
 
             return jax.lax.scan(scanned, x_BxLxD, (self._stacked(weights), jnp.arange(len(weights))))[0]
         for index, state in enumerate(weights):
-            x_BxLxD = run(x_BxLxD, state, jnp.asarray(index), visible_Bx1xLxL, key)
+            x_BxLxD = run(x_BxLxD, state, jnp.asarray(index), segment_ids_BxL, key)
         return x_BxLxD
 
     def _stacked(self, weights: Sequence[nnx.State]) -> nnx.State:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,24 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
 """HF's names of activations, each by HF's definition ("gelu" is the one with erf)."""
 
 
+class Attend(Protocol):
+    """A kernel for attention within segments, without dropout."""
+
+    def takes(self, heads: int, length: int, width: int, dtype: DTypeLike) -> bool:
+        """Whether it can, and pays: N heads, rows of L, heads of H numbers, and their dtype."""
+        ...
+
+    def __call__(
+        self,
+        query_BxNxLxH: jax.Array,
+        key_BxNxLxH: jax.Array,
+        value_BxNxLxH: jax.Array,
+        segment_ids_BxL: jax.Array,
+    ) -> jax.Array:
+        """mixed_BxNxLxH: softmax of the scaled products over the positions of the same segment, times their values."""
+        ...
+
+
 @dataclass(frozen=True)
 class Compute:
     """How a model computes what its config says: none of it changes what a parameter means."""
@@ -66,6 +84,8 @@ class Compute:
     """BERT: one compiled layer that runs in a loop, instead of as many copies as there are layers."""
     batch_norm_groups: int = 1
     """ResNet: equal parts of a batch that are normalised apart."""
+    attend: Attend | None = None
+    """BERT: used where it can be; None, dropout and what it does not take are left to XLA."""
     split_rows: Callable[[jax.Array], jax.Array] = lambda x: x
     """Keeps the first dimension of an activation split as a batch's rows are, where a compiler might not by itself."""
 
