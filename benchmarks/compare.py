@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from pages import put
 
 HERE = Path(__file__).parent
 RECIPES = {"wnut17": "wnut17_ner.py", "sst2": "sst2_local.py"}
@@ -175,14 +176,7 @@ def main(args: Arguments) -> None:
     lines = table(args, seen)
     print("\n".join(lines))
     if args.write is not None:
-        page = args.write.read_text("utf-8")
-        begin, end = f"<!-- compare {args.task} -->", "<!-- end -->"
-        before, found, rest = page.partition(begin)
-        if not found:
-            raise SystemExit(f"{args.write} has no line {begin}")
-        args.write.write_text(
-            before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2], "utf-8"
-        )
+        put(args.write, f"compare {args.task}", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from finetune_jax.targets import prepare_environment
 prepare_environment()  # before jax is imported
 
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from pages import put
 
 from finetune_jax.config import (
     Config,
@@ -211,12 +211,7 @@ def main(args: Arguments) -> None:
         if args.write is None:
             print(f"{name}\n\n{text}")
             continue
-        page = args.write.read_text(encoding="utf-8")
-        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page, found = place.subn(lambda match, text=text: match[1] + text + match[2], page)
-        if not found:
-            raise SystemExit(f"{args.write} has no place for {name}: <!-- {name} --> and <!-- end -->")
-        args.write.write_text(page, encoding="utf-8")
+        put(args.write, name, text)
 
 
 if __name__ == "__main__":
