@@ -1,45 +1,41 @@
-"""Fine-tuning speed here and through Hugging Face Trainer: the same weights, data, batch size and hyper-parameters, in turns.
+"""Fine-tuning speed here and elsewhere: the same weights, data, batch size and hyper-parameters, in turns.
 
     python benchmarks/compare.py --task sst2 --data $FINETUNE_JAX_DATA --rounds 5
 
 Each round runs every side once for `--steps` steps, in a process of its own, in an order that turns by one each round. A step lasts
 from the end of the one before to its own end, with all that is between; the first fifth of the steps warms up and is left out.
 Examples a step are equal (on average, where rows are packed), padding is not: real tokens a second are what the same work costs.
+
+Beside Hugging Face Trainer there are peers whose packages exclude each other. Each has an environment of its own, made as the first
+lines of peers/NAME.py say, whose interpreter is given; sides without theirs are left out:
+
+    python benchmarks/compare.py --task sst2 --peer-python flax4=VENV1/bin/python kerashub=VENV2/bin/python
+
+`--check` shows that the sides do the same: without dropout, from one head and in one order they have the same losses.
+`--whole` runs the whole recipe, a process a seed, the last step evaluated on validation and test, and tells wall time and quality:
+
+    python benchmarks/compare.py --task sst2 --whole --seeds 0 1 2
+
 `--write FILE` puts the table between <!-- compare TASK --> and <!-- end --> of a page.
 """
 
 import importlib.metadata
-import itertools
-import json
 import os
 import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from pages import put
+from parity import check
+from sides import QUALITY, SIDES, Figures, Run, file_name, interpreters, ours, theirs
 
-HERE = Path(__file__).parent
-RECIPES = {"wnut17": "wnut17_ner.py", "sst2": "sst2_local.py"}
-OURS = {
-    "finetune_jax, packed": (),
-    "finetune_jax, buckets": ("--data.batching", "buckets"),
-    "finetune_jax, bfloat16": ("--model.dtype", "bfloat16"),
-}
-PEERS = {
-    "HF Trainer": (),
-    "HF Trainer, group_by_length": ("--group-by-length",),
-    "HF Trainer, torch.compile": ("--compile",),
-    "HF Trainer, bfloat16": ("--bf16",),
-}
 BASE = "HF Trainer"
+WHOLE = ("finetune_jax, packed", BASE, "HF Trainer, group_by_length")
 VERSIONS = ("jax", "flax", "torch", "transformers")
 
 
@@ -47,86 +43,31 @@ VERSIONS = ("jax", "flax", "torch", "transformers")
 class Arguments:
     """What to time, and how often."""
 
-    task: Literal["wnut17", "sst2"]
+    task: Literal["wnut17", "sst2", "banking77"]
     """Which data."""
     data: Path
     """Folder that holds the task's folder."""
-    steps: int = 30
-    """Of each run."""
+    steps: int | None = None
+    """Of each run; without a word 30, with --whole the recipe's."""
     rounds: int = 5
     """Runs of each side."""
-    sides: tuple[str, ...] = (*OURS, *PEERS)
-    """Which to run."""
+    sides: tuple[str, ...] = ()
+    """Which to run; without a word all, with --whole ours and two of Hugging Face Trainer's."""
+    peer_python: tuple[str, ...] = ()
+    """NAME=INTERPRETER of the environments that peers/NAME.txt describes."""
+    check: bool = False
+    """Compare the losses of the first steps instead."""
+    whole: bool = False
+    """Time the whole recipe instead, evaluation included, and tell the quality."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the rounds of --whole."""
     write: Path | None = None
     """A page to put the table into."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Of one run."""
-
-    step: float
-    """Median seconds a step."""
-    tokens: float
-    """Real tokens a second."""
-    first: float
-    """Seconds from the start of the process to the end of the first step."""
-    memory: int
-    """Peak resident bytes of the process."""
-
-
-def steady(values: list[Any]) -> list[Any]:
-    """Without the steps that warm up."""
-    return values[len(values) // 5 :]
-
-
-def run(command: list[str], environment: dict[str, str], log: Path) -> tuple[float, int]:
-    """(clock at its start, peak bytes) of a process that ends well.
-
-    Raises:
-        SystemExit: It does not.
-    """
-    start = time.time()
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{log.read_text('utf-8', 'replace')[-3000:]}")
-    return start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def ours(args: Arguments, options: tuple[str, ...], folder: Path) -> Figures:
-    """A run of finetune_jax; its programs are compiled by the first one and loaded by the others."""
-    words = ["train", "--config", str(HERE.parent / "configs" / RECIPES[args.task]), "--workdir", str(folder)]
-    words += ["--train.steps", str(args.steps), "--train.log-every", "1", "--train.no-tensorboard"]
-    words += ["--evaluation.every-steps", "1000000", "--data.validation", "None", "--data.test", "None"]
-    words += ["--data.path", str(args.data / args.task), *options]
-    environment = {"JAX_PLATFORMS": "cpu", "FINETUNE_JAX_CACHE": str(folder.parent / "cache")}
-    start, memory = run(
-        [sys.executable, "-m", "finetune_jax", *words], environment, folder.with_suffix(".log")
-    )
-    rows = [json.loads(line) for line in (folder / "timings.jsonl").read_text("utf-8").splitlines()]
-    first = rows[0]["clock"] - start
-    rows = steady(rows)
-    seconds = [row["seconds_per_step"] for row in rows]
-    tokens = sum(row["real_tokens_per_second"] * row["seconds_per_step"] for row in rows)
-    return Figures(statistics.median(seconds), tokens / sum(seconds), first, memory)
-
-
-def theirs(args: Arguments, options: tuple[str, ...], folder: Path) -> Figures:
-    """A run of Hugging Face Trainer."""
-    folder.mkdir()
-    words = [str(HERE / "hf_trainer_baseline.py"), "--task", args.task, "--data", str(args.data), *options]
-    words += ["--max-steps", str(args.steps), "--output", str(folder / "result.json"), "--no-predict"]
-    start, memory = run([sys.executable, *words], {}, folder.with_suffix(".log"))
-    timing = json.loads((folder / "result.json").read_text("utf-8"))["timing"]
-    ends = timing["step_ends"]
-    seconds = steady([end - before for before, end in itertools.pairwise(ends)])
-    tokens = timing["real_tokens"] / timing["steps"] * len(seconds)
-    return Figures(statistics.median(seconds), tokens / sum(seconds), ends[0] - start, memory)
+def span(values: list[float]) -> str:
+    """Median, lowest and highest."""
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
 def table(args: Arguments, seen: dict[str, list[Figures]]) -> list[str]:
@@ -136,7 +77,6 @@ def table(args: Arguments, seen: dict[str, list[Figures]]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for side, figures in seen.items():
-        steps = [1e3 * f.step for f in figures]
         tokens = statistics.median(f.tokens for f in figures)
         ratio = "-"
         if BASE in seen:
@@ -145,35 +85,95 @@ def table(args: Arguments, seen: dict[str, list[Figures]]) -> list[str]:
         warm = [f.first for f in figures[1:]]
         starts = f"{figures[0].first:.1f}, " + (f"{statistics.median(warm):.1f}" if warm else "-")
         lines.append(
-            f"| {side} | {statistics.median(steps):,.0f} ({min(steps):,.0f} to {max(steps):,.0f}) | {tokens:,.0f}"
+            f"| {side} | {span([1e3 * f.step for f in figures])} | {tokens:,.0f}"
             f" | {ratio} | {starts} | {statistics.median(f.memory for f in figures) / 1e9:.2f} |"
         )
+    return [*lines, "", *notes(args, seen, f"{args.rounds} rounds of {steps_of(args)} steps")]
+
+
+def whole_table(args: Arguments, seen: dict[str, list[Figures]]) -> list[str]:
+    """Wall time and quality over the seeds."""
+    name = QUALITY[args.task][0]
+    lines = [
+        f"| side | whole run, s | training, s | {name} on test, % | by seed | peak memory, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side, figures in seen.items():
+        scores = [100 * f.quality for f in figures if f.quality is not None]
+        mean = f"{statistics.fmean(scores):.2f}"
+        if len(scores) > 1:
+            mean += f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.2f}"
+        lines.append(
+            f"| {side} | {span([f.whole for f in figures])} | {span([f.training for f in figures])} | {mean}"
+            f" | {', '.join(f'{score:.2f}' for score in scores)} |"
+            f" {statistics.median(f.memory for f in figures) / 1e9:.2f} |"
+        )
+    length = "whole recipe" if args.steps is None else f"{args.steps} steps"
+    seeds = " ".join(map(str, args.seeds))
+    said = "from the start of the process, nothing cached, validation and test evaluated after the last step"
+    return [*lines, "", *notes(args, seen, f"{length}, seeds {seeds}, {said}")]
+
+
+def notes(args: Arguments, seen: dict[str, list[Figures]], what: str) -> list[str]:
+    """Under which conditions; of the peers with an environment of their own also what is in it."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
-    lines += [
-        "",
-        f"{args.task}, {args.rounds} rounds of {args.steps} steps; {os.cpu_count()} cores, Python"
+    lines = [
+        f"{args.task}, {what}; {os.cpu_count()} cores, Python"
         f" {platform.python_version()}, {versions}; XLA_FLAGS {os.environ.get('XLA_FLAGS', 'not set')}.",
     ]
-    return lines
+    return lines + [f"{side}: {seen[side][0].note}." for side in seen if SIDES[side].environment]
+
+
+def steps_of(args: Arguments) -> int | None:
+    """Of each run; None is the recipe's."""
+    return args.steps if args.whole or args.steps is not None else 30
+
+
+def chosen(args: Arguments, pythons: dict[str, str]) -> list[str]:
+    """The sides that can run; why others cannot is said.
+
+    Raises:
+        SystemExit: For a side that there is not, or where none is left.
+    """
+    asked, found = args.sides or (WHOLE if args.whole else tuple(SIDES)), []
+    for name in asked:
+        if name not in SIDES:
+            raise SystemExit(f"there is no side {name!r}; sides are {', '.join(SIDES)}")
+        side = SIDES[name]
+        if args.task not in side.tasks:
+            print(f"{name} is left out: it cannot do {args.task}", file=sys.stderr)
+        elif side.environment is not None and side.environment not in pythons:
+            print(f"{name} is left out: no --peer-python {side.environment}=INTERPRETER", file=sys.stderr)
+        else:
+            found.append(name)
+    if not found:
+        raise SystemExit("no side is left")
+    return found
 
 
 def main(args: Arguments) -> None:
     """Runs all, prints a line a run, then the table."""
-    unknown = [side for side in args.sides if side not in {**OURS, **PEERS}]
-    if unknown:
-        raise SystemExit(f"there is no side {unknown[0]!r}; sides are {', '.join({**OURS, **PEERS})}")
-    seen: dict[str, list[Figures]] = {side: [] for side in args.sides}
+    if args.whole and args.write is not None:
+        raise SystemExit("--write takes the table of the steps, not that of --whole; leave one of them out")
+    pythons = interpreters(args.peer_python)
+    sides = chosen(args, pythons)
+    if args.check:
+        return check(Run(args.task, args.data, None, 0, whole=False), sides, pythons)
+    seen: dict[str, list[Figures]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as scratch:
-        for number in range(args.rounds):
-            turn = number % len(args.sides)
-            for side in (*args.sides[turn:], *args.sides[:turn]):
-                folder = Path(scratch) / f"{re.sub(r'[^a-zA-Z0-9]+', '-', side)}-{number}"
-                figures = (
-                    ours(args, OURS[side], folder) if side in OURS else theirs(args, PEERS[side], folder)
-                )
-                seen[side].append(figures)
-                print(f"round {number + 1}, {side}: {figures}", flush=True)
-    lines = table(args, seen)
+        for number, seed in enumerate(args.seeds if args.whole else [0] * args.rounds):
+            turn = number % len(sides)
+            for name in (*sides[turn:], *sides[:turn]):
+                side, folder = SIDES[name], Path(scratch) / f"{file_name(name)}-{number}"
+                run = Run(args.task, args.data, steps_of(args), seed, args.whole)
+                if side.script is None:
+                    figures = ours(run, side, folder)
+                else:
+                    python = pythons.get(side.environment or "", sys.executable)
+                    figures = theirs(run, side, folder, python)
+                seen[name].append(figures)
+                print(f"round {number + 1}, {name}: {figures}", flush=True)
+    lines = whole_table(args, seen) if args.whole else table(args, seen)
     print("\n".join(lines))
     if args.write is not None:
         put(args.write, f"compare {args.task}", "\n".join(lines) + "\n")

