@@ -59,9 +59,6 @@ def run(args: PaddedArguments, folder: Path) -> dict[str, Any]:
     """Trains, evaluates on validation and test with the final weights, and gives the record."""
     import jax
     import jax.numpy as jnp
-
-    # This transformers calls it by the name that jax took away in version 0.6.
-    jax.tree_map = jax.tree.map  # pyright: ignore[reportAttributeAccessIssue]
     import optax
     import transformers as hf
     from flax import traverse_util
