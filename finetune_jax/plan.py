@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,24 @@ def plan(
 
 
 @dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A recipe's train step, traced for a target's devices."""
+
+    job: Job
+    batches: Batches
+    steps: int
+    """Of the whole run."""
+    state: TrainState
+    """Shapes and places."""
+    batch: Any
+    """Shapes and places."""
+    program: Any
+    """What `lower` gave."""
+    minimum_flops: float
+    """As in `Estimate`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Subject:
     """A recipe with its data, to be compiled again and again as its knobs change."""
 
@@ -222,8 +240,8 @@ class Subject:
         task = task_from_config(config, checkpoint, model_config, labels, reads=False)
         return cls(config, task, model_config, _stand_in(config, task, workload), workload.examples, cache)
 
-    def estimate(self, config: Config, target: Target, devices: list[Any]) -> Estimate:
-        """The recipe, as it is or with other knobs, compiled for a target."""
+    def train_step(self, config: Config, devices: list[Any]) -> "Lowered":
+        """The recipe's train step, as it is or with other knobs, ready to compile."""
         family, compute = config.model.family, compute_of(config.model)
         check_attention(config.model, self.model_config)
         job = make_job(
@@ -247,31 +265,39 @@ class Subject:
         step = make_train_step(
             job.task, job.parts, updates.optimizer, updates.schedule, config.train.accumulation
         )
-        programs = [lower_train_step(step, state, batch, job.mesh), self._lower_evaluation(config, job)]
-        with (
-            _no_compile_cache(),
-            ThreadPoolExecutor(len(programs)) as pool,
-        ):  # a compilation does not fill two cores
-            trained, evaluated = pool.map(lambda lowered: self._compile(lowered, target, job), programs)
+        lowered = lower_train_step(step, state, batch, job.mesh)
+        return Lowered(job, batches, steps, state, batch, lowered, self._minimum(job, updates, batches))
+
+    def estimate(self, config: Config, target: Target, devices: list[Any]) -> Estimate:
+        """The recipe, as it is or with other knobs, compiled for a target."""
+        step = self.train_step(config, devices)
+        job, batches = step.job, step.batches
+        mesh, machine = dict(job.mesh.shape), int(target.machine.memory)
+        programs = [step.program, self._lower_evaluation(config, job)]
+        # A compilation does not fill two cores.
+        with no_compile_cache(), ThreadPoolExecutor(len(programs)) as pool:
+            trained, evaluated = pool.map(
+                lambda program: compiled(program, target, mesh, self.cache), programs
+            )
 
         memory = None
         if "sizes" in trained:
-            memory = _memory(trained["sizes"], state, batch, int(target.machine.memory))
+            memory = _memory(trained["sizes"], step.state, step.batch, machine)
         return Estimate(
             target=target,
             config=config,
-            mesh=dict(job.mesh.shape),
+            mesh=mesh,
             examples=len(self.data) / batches.epochs.steps(1.0),
             rows=batches.rows,
             filled=batches.shape.rows,
             length=batches.shape.length,
-            steps=steps,
-            over=_over(trained, target),
+            steps=step.steps,
+            over=_over(trained, machine),
             memory=memory,
-            program=_program(trained),
+            program=program_of(trained),
             donated=trained.get("sizes", {}).get("alias", 0),
-            minimum_flops=self._minimum(job, updates, batches) / job.mesh.size,
-            evaluation_over=_over(evaluated, target),
+            minimum_flops=step.minimum_flops,
+            evaluation_over=_over(evaluated, machine),
             compile_seconds=max(trained["seconds"], evaluated["seconds"]),
             compiler=compiler_version(target),
         )
@@ -339,6 +365,7 @@ class Subject:
         return tried
 
     def _minimum(self, job: Job, updates: Updates, batches: Batches) -> float:
+        """FLOPs of one device."""
         rows, length = batches.rows, batches.shape.length
         if job.family == "bert":
             tokens = job.task.architecture.endswith("TokenClassification")
@@ -348,35 +375,48 @@ class Subject:
             task: Any = job.task
             sizes = (rows, task.processor.size)
         products = FAMILIES[job.family].products(self.model_config, job.task.num_labels, *sizes)
-        return minimum_flops(products, {path for path, frozen in updates.is_frozen.items() if not frozen})
+        trained = {path for path, frozen in updates.is_frozen.items() if not frozen}
+        return minimum_flops(products, trained) / job.mesh.size
 
-    def _compile(self, lowered: Any, target: Target, job: Job) -> dict[str, Any]:
-        """What a program needs and does, as JSON values; kept, by the program's text and the compiler's version."""
-        compiler = (compiler_version(target), jax.__version__, *compiler_options())
-        key = (PLANS_VERSION, str(target), compiler, lowered.as_text())
-        file = self.cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-        since = time.perf_counter()
-        found: dict[str, Any] = {}
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            found |= out_of_memory(str(error))
-        else:
-            sizes = compiled.memory_analysis()
-            found["sizes"] = {
-                name: int(getattr(sizes, f"{name}_size_in_bytes"))
-                for name in ("argument", "output", "alias", "temp", "generated_code")
-            }
-            program = read_program(compiled.as_text(), dict(job.mesh.shape), target.slices)
-            found["program"] = dataclasses.asdict(program)
-        found["seconds"] = time.perf_counter() - since
-        self.cache.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{time.time_ns()}")
-        draft.write_text(json.dumps(found), encoding="utf-8")
-        draft.rename(file)
-        return found
+
+def compiled(program: Any, target: Target, mesh: Mapping[str, int], cache: Path) -> dict[str, Any]:
+    """What a program needs and does, as JSON values; kept, by the program's text and the compiler's version.
+
+    Args:
+        program: Lowered.
+        target: Whose devices it is for.
+        mesh: Sizes of the axes, in order.
+        cache: Folder of what was found before.
+
+    Returns:
+        `missing`, bytes, where the compiler gave up; else `sizes` of its memory, `program` (see `program_of`) and
+        `accessed`, the bytes by XLA's own analysis, None where it has none. And `seconds`.
+    """
+    compiler = (compiler_version(target), jax.__version__, *compiler_options())
+    key = (PLANS_VERSION, str(target), compiler, program.as_text())
+    file = cache / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    since = time.perf_counter()
+    found: dict[str, Any] = {}
+    try:
+        done = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found |= out_of_memory(str(error))
+    else:
+        sizes = done.memory_analysis()
+        found["sizes"] = {
+            name: int(getattr(sizes, f"{name}_size_in_bytes"))
+            for name in ("argument", "output", "alias", "temp", "generated_code")
+        }
+        found["program"] = dataclasses.asdict(read_program(done.as_text(), mesh, target.slices))
+        found["accessed"] = (done.cost_analysis() or {}).get("bytes accessed")
+    found["seconds"] = time.perf_counter() - since
+    cache.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{time.time_ns()}")
+    draft.write_text(json.dumps(found), encoding="utf-8")
+    draft.rename(file)
+    return found
 
 
 def compiler_options() -> tuple[Any, ...]:
@@ -387,7 +427,7 @@ def compiler_options() -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _no_compile_cache() -> Iterator[None]:
+def no_compile_cache() -> Iterator[None]:
     """JAX's persistent cache writes programs of devices that are not here, and then fails to read them."""
     enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_enable_compilation_cache", False)
@@ -461,15 +501,18 @@ def out_of_memory(message: str) -> dict[str, Any]:
     return {"missing": int(need - there)}
 
 
-def _over(found: dict[str, Any], target: Target) -> int:
+def peak(sizes: Mapping[str, int]) -> int:
+    """Bytes that a program needs, arguments included: what it writes where it read counts once."""
+    return sum(sizes.values()) - 2 * sizes["alias"]
+
+
+def _over(found: dict[str, Any], capacity: int) -> int:
     """Bytes that a program needs and a device has not."""
-    if "missing" in found:
-        return found["missing"]
-    sizes = found["sizes"]
-    return max(0, sum(sizes.values()) - 2 * sizes["alias"] - int(target.machine.memory))
+    return found["missing"] if "missing" in found else max(0, peak(found["sizes"]) - capacity)
 
 
-def _program(found: dict[str, Any]) -> Program | None:
+def program_of(found: dict[str, Any]) -> Program | None:
+    """Its figures, of what `compiled` found."""
     if "program" not in found:
         return None
     values = found["program"]

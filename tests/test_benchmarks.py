@@ -8,10 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from finetune_jax.config import load_recipe
 from finetune_jax.data.sources import load_source
+from finetune_jax.config import MeshConfig
+from finetune_jax.hlo import read_program
+from finetune_jax.models import resnet
+from finetune_jax.plan import minimum_flops
+from finetune_jax.sharding import make_mesh
 from tests.tiny import write_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -181,3 +187,84 @@ def test_a_step_and_its_parts():
     assert done.returncode == 0, done.stderr
     assert "| optim.name=sgd optim.momentum=0.5 |" in done.stdout
     assert "| dense layers and convolutions |" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hardware.py: no compiler of a TPU or GPU runs here
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A file of benchmarks/ as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    # It is for a process that only compiles, before jax is imported.
+    monkeypatch.setattr("finetune_jax.targets.prepare_environment", lambda: None)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # flax.linen asks for both
+        yield importlib.import_module
+
+
+def test_hardware_tables_from_what_was_found(benchmark, tmp_path):
+    hardware = benchmark("hardware")
+
+    def found(**sizes):
+        program = {"flops": 5e9, "bytes": 6e9, "collectives": []}
+        rest = {"argument": 2 * 10**9, "output": 10**9, "alias": 10**9, "generated_code": 0}
+        return {"sizes": rest | sizes, "program": program, "accessed": None, "seconds": 1.0}
+
+    ours = hardware.figures(found(temp=10**9), "8 x 112", 800.0, 4e9)
+    theirs = hardware.figures(found(temp=3 * 10**9) | {"accessed": 9e9}, "32 x 128", 400.0, 4e9)
+    assert (ours.peak, theirs.peak) == (3 * 10**9, 5 * 10**9)
+    seen = {("v5e:2x4", "packed"): ours, ("v5e:2x4", "peer-sst2"): theirs, ("h100:8", "packed"): ours}
+    rows = list(hardware.table(seen))
+    assert rows[1] == ("v5e:2x4", "ours, sst2, the peer's examples a step", "8 x 112", "800", "1.250", "6.00", "-",
+                       "3.00", "1.00", "7.5", "3.75")  # fmt: skip
+    assert rows[2][-5:] == ("9.00", "5.00", "3.00", "15", "12.5")
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert list(hardware.ratios(seen))[1:] == [
+        ("v5e:2x4", "sst2, equal examples a step", "0.50", "-", "0.30", "0.17")
+    ]
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n<!-- hardware -->\nold\n<!-- end -->\n\nAfter.\n", encoding="utf-8")
+    hardware.splice(page, "hardware", hardware.markdown(iter(rows)))
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[:3] == ["Before.", "", "<!-- hardware -->"]
+    assert lines[-3:] == ["<!-- end -->", "", "After."]
+    assert len(lines) == 6 + 2 + 3
+    with pytest.raises(SystemExit, match="no place for another"):
+        hardware.splice(page, "another", "")
+    with pytest.raises(SystemExit, match="77 bytes are missing"):
+        hardware.figures({"missing": 77, "seconds": 1.0}, "32 x 128", 1.0, 1.0)
+
+
+def test_a_peer_is_the_network_it_stands_for(benchmark):
+    """ResNet-50's parameters; and of a small one the products of ours, and a state that is donated whole."""
+    peer_step = benchmark("peer_step")
+    init, _, _ = peer_step.resnet(8, 224)
+    params = jax.eval_shape(init, jax.random.PRNGKey(0))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_557_032
+    mesh = make_mesh(MeshConfig(), jax.devices())
+    init, step, batch = peer_step.resnet(16, 32, depths=(1, 1), width=16, classes=10)
+    compiled = peer_step.lower(init, step, batch, mesh).compile()
+    state = jax.eval_shape(init, jax.random.PRNGKey(0))
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
+    config = resnet.ResNetConfig(embedding_size=16, hidden_sizes=(64, 128), depths=(1, 1))
+    products = resnet.products(config, 10, 2, 32)
+    least = minimum_flops(products, {f"{module}/kernel" for module, _ in products})
+    program = read_program(compiled.as_text(), dict(mesh.shape))
+    assert program.flops == pytest.approx(least, rel=0.01)
+
+
+@pytest.mark.skipif(
+    not hasattr(importlib.import_module("transformers"), "FlaxBertForSequenceClassification"),
+    reason="transformers 5 has no Flax",
+)
+def test_the_bert_of_transformers_4(benchmark):
+    peer_step = benchmark("peer_step")
+    init, step, batch = peer_step.bert(
+        16, 32, num_hidden_layers=1, hidden_size=64, num_attention_heads=2, vocab_size=99
+    )
+    state = jax.eval_shape(init, jax.random.PRNGKey(0))
+    assert jax.eval_shape(step, state, batch)[0] == state
