@@ -81,7 +81,7 @@ class Arguments:
     only: tuple[str, ...] = tuple(SIDES)
     """Rows: full, full-fsdp, packed, packed-full, peer, peer-sst2, resnet, peer-resnet."""
     write: Path | None = None
-    """A Markdown file: the text between a table's two comments is replaced."""
+    """A Markdown file: the text between <!-- hardware TARGET --> and <!-- end --> is replaced."""
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,9 @@ class Bench:
         return figures(found, shape_of(rows, workload.tokens), rows * workload.tokens, minimum)
 
 
-def table(seen: Mapping[tuple[str, str], Figures]) -> Iterator[tuple[str, ...]]:
-    """A row for each step and target; of one device."""
+def table(seen: Mapping[str, Figures]) -> Iterator[tuple[str, ...]]:
+    """A row for each step; of one device."""
     yield (
-        "target",
         "step",
         "rows a chip",
         "real tokens or images",
@@ -240,9 +239,8 @@ def table(seen: Mapping[tuple[str, str], Figures]) -> Iterator[tuple[str, ...]]:
         "HBM a token or image, MB",
         "peak a token or image, MB",
     )
-    for (target, side), of in seen.items():
+    for side, of in seen.items():
         yield (
-            target,
             SIDES[side],
             of.shape,
             f"{of.units:,.0f}",
@@ -256,43 +254,39 @@ def table(seen: Mapping[tuple[str, str], Figures]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def ratios(seen: Mapping[tuple[str, str], Figures]) -> Iterator[tuple[str, ...]]:
+def ratios(seen: Mapping[str, Figures]) -> Iterator[tuple[str, ...]]:
     """Ours over the peer's, a real token or image."""
-    yield ("target", "ours over the peer's, a real token or image", "HBM", "accessed", "peak", "temporary")
-    for target in dict.fromkeys(target for target, _ in seen):
-        for words, ours, theirs in PAIRS:
-            if (target, ours) not in seen or (target, theirs) not in seen:
-                continue
-            mine, peer = seen[target, ours], seen[target, theirs]
-            share = peer.units / mine.units
-            accessed = "-"
-            if mine.accessed is not None and peer.accessed is not None:
-                accessed = f"{share * mine.accessed / peer.accessed:.2f}"
-            yield (
-                target,
-                words,
-                f"{share * mine.bytes / peer.bytes:.2f}",
-                accessed,
-                f"{share * mine.peak / peer.peak:.2f}",
-                f"{share * mine.temporary / peer.temporary:.2f}",
-            )
+    yield ("ours over the peer's, a real token or image", "HBM", "accessed", "peak", "temporary")
+    for words, ours, theirs in PAIRS:
+        if ours not in seen or theirs not in seen:
+            continue
+        mine, peer = seen[ours], seen[theirs]
+        share = peer.units / mine.units
+        accessed = "-"
+        if mine.accessed is not None and peer.accessed is not None:
+            accessed = f"{share * mine.accessed / peer.accessed:.2f}"
+        yield (
+            words,
+            f"{share * mine.bytes / peer.bytes:.2f}",
+            accessed,
+            f"{share * mine.peak / peer.peak:.2f}",
+            f"{share * mine.temporary / peer.temporary:.2f}",
+        )
 
 
 def main(args: Arguments) -> None:
-    """Measures each step on each target, then makes both tables."""
+    """Each target's tables as they are done, so that a long run that is stopped leaves what it has."""
     unknown = [side for side in args.only if side not in SIDES]
     if unknown:
         raise SystemExit(f"there is no row {unknown[0]!r}; rows are {', '.join(SIDES)}")
-    bench, seen = Bench(args), {}
+    bench = Bench(args)
     for target in map(parse_target, args.targets):
-        for side in args.only:
-            seen[str(target), side] = bench.measure(side, target)
-    for name, rows in (("hardware", table(seen)), ("hardware-ratios", ratios(seen))):
-        text = markdown(rows)
+        seen = {side: bench.measure(side, target) for side in args.only}
+        text = f"{markdown(table(seen))}\n{markdown(ratios(seen))}"
         if args.write is None:
-            print(f"{name}\n\n{text}")
+            print(f"{target}\n\n{text}")
         else:
-            splice(args.write, name, text)
+            splice(args.write, f"hardware {target}", text)
 
 
 if __name__ == "__main__":

@@ -215,20 +215,18 @@ def test_hardware_tables_from_what_was_found(benchmark, tmp_path):
     ours = hardware.figures(found(temp=10**9), "8 x 112", 800.0, 4e9)
     theirs = hardware.figures(found(temp=3 * 10**9) | {"accessed": 9e9}, "32 x 128", 400.0, 4e9)
     assert (ours.peak, theirs.peak) == (3 * 10**9, 5 * 10**9)
-    seen = {("v5e:2x4", "packed"): ours, ("v5e:2x4", "peer-sst2"): theirs, ("h100:8", "packed"): ours}
+    seen = {"packed": ours, "peer-sst2": theirs, "full": ours}
     rows = list(hardware.table(seen))
-    assert rows[1] == ("v5e:2x4", "ours, sst2, the peer's examples a step", "8 x 112", "800", "1.250", "6.00", "-",
-                       "3.00", "1.00", "7.5", "3.75")  # fmt: skip
+    assert rows[1] == ("ours, sst2, the peer's examples a step", "8 x 112", "800", "1.250", "6.00", "-", "3.00", "1.00", "7.5",
+                       "3.75")  # fmt: skip
     assert rows[2][-5:] == ("9.00", "5.00", "3.00", "15", "12.5")
     assert {len(row) for row in rows} == {len(rows[0])}
-    assert list(hardware.ratios(seen))[1:] == [
-        ("v5e:2x4", "sst2, equal examples a step", "0.50", "-", "0.30", "0.17")
-    ]
+    assert list(hardware.ratios(seen))[1:] == [("sst2, equal examples a step", "0.50", "-", "0.30", "0.17")]
     page = tmp_path / "page.md"
-    page.write_text("Before.\n\n<!-- hardware -->\nold\n<!-- end -->\n\nAfter.\n", encoding="utf-8")
-    hardware.splice(page, "hardware", hardware.markdown(iter(rows)))
+    page.write_text("Before.\n\n<!-- hardware v5e:2x4 -->\nold\n<!-- end -->\n\nAfter.\n", encoding="utf-8")
+    hardware.splice(page, "hardware v5e:2x4", hardware.markdown(iter(rows)))
     lines = page.read_text(encoding="utf-8").splitlines()
-    assert lines[:3] == ["Before.", "", "<!-- hardware -->"]
+    assert lines[:3] == ["Before.", "", "<!-- hardware v5e:2x4 -->"]
     assert lines[-3:] == ["<!-- end -->", "", "After."]
     assert len(lines) == 6 + 2 + 3
     with pytest.raises(SystemExit, match="no place for another"):
