@@ -35,7 +35,8 @@ from typing import Any
 
 import numpy as np
 import tyro
-from scaling import bert, markdown, resnet, splice
+from pages import put
+from scaling import bert, markdown, resnet
 
 from finetune_jax.config import Config, DataConfig, MeshConfig, validate
 from finetune_jax.data.packing import packed_shape
@@ -286,7 +287,7 @@ def main(args: Arguments) -> None:
         if args.write is None:
             print(f"{target}\n\n{text}")
         else:
-            splice(args.write, f"hardware {target}", text)
+            put(args.write, f"hardware {target}", text)
 
 
 if __name__ == "__main__":

@@ -202,19 +202,6 @@ def markdown(rows: Iterator[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def splice(page: Path, name: str, text: str) -> None:
-    """Puts a table between its two comments.
-
-    Raises:
-        SystemExit: The page has no such comments.
-    """
-    place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    words, found = place.subn(lambda match: match[1] + text + match[2], page.read_text(encoding="utf-8"))
-    if not found:
-        raise SystemExit(f"{page} has no place for {name}: <!-- {name} --> and <!-- end -->")
-    page.write_text(words, encoding="utf-8")
-
-
 def main(args: Arguments) -> None:
     """Each table as it is done, so that a long run that is stopped leaves what it has."""
     for name, rows in tables().items():

@@ -11,9 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from finetune_jax.config import load_recipe
+from finetune_jax.config import MeshConfig, load_recipe
 from finetune_jax.data.sources import load_source
-from finetune_jax.config import MeshConfig
 from finetune_jax.hlo import read_program
 from finetune_jax.models import resnet
 from finetune_jax.plan import minimum_flops
@@ -224,13 +223,13 @@ def test_hardware_tables_from_what_was_found(benchmark, tmp_path):
     assert list(hardware.ratios(seen))[1:] == [("sst2, equal examples a step", "0.50", "-", "0.30", "0.17")]
     page = tmp_path / "page.md"
     page.write_text("Before.\n\n<!-- hardware v5e:2x4 -->\nold\n<!-- end -->\n\nAfter.\n", encoding="utf-8")
-    hardware.splice(page, "hardware v5e:2x4", hardware.markdown(iter(rows)))
+    hardware.put(page, "hardware v5e:2x4", hardware.markdown(iter(rows)))
     lines = page.read_text(encoding="utf-8").splitlines()
     assert lines[:3] == ["Before.", "", "<!-- hardware v5e:2x4 -->"]
     assert lines[-3:] == ["<!-- end -->", "", "After."]
     assert len(lines) == 6 + 2 + 3
     with pytest.raises(SystemExit, match="no place for another"):
-        hardware.splice(page, "another", "")
+        hardware.put(page, "another", "")
     with pytest.raises(SystemExit, match="77 bytes are missing"):
         hardware.figures({"missing": 77, "seconds": 1.0}, "32 x 128", 1.0, 1.0)
 
