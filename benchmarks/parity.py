@@ -19,7 +19,7 @@ def losses_here(run: Run, scratch: Path) -> list[float]:
     from finetune_jax.cli import parse
     from finetune_jax.data.pipeline import Batches, device_batches, train_shape
     from finetune_jax.step import make_train_step
-    from finetune_jax.train import prepare
+    from finetune_jax.train import first_state, prepare
 
     words = ["train", "--workdir", str(scratch), "--config", str(HERE.parent / "configs" / RECIPES[run.task])]
     words += ["--data.path", str(run.data / run.task), "--data.cache-dir", str(scratch)]
@@ -30,10 +30,10 @@ def losses_here(run: Run, scratch: Path) -> list[float]:
     examples, size = setup.examples["train"], TASKS[run.task].per_device_train_batch_size
     shape = train_shape(examples, size, config.data.max_length, "padded", 1)
     batches = Batches(examples, shape, None, CHECKED_STEPS, mesh=job.mesh)
-    head = jnp.asarray(checked_head(*setup.state.params["classifier/kernel"].shape))
-    setup.state.params["classifier/kernel"] = jax.device_put(head, job.shardings["classifier/kernel"])
+    state, losses = first_state(setup), []
+    head = jnp.asarray(checked_head(*state.params["classifier/kernel"].shape))
+    state.params["classifier/kernel"] = jax.device_put(head, job.shardings["classifier/kernel"])
     update = jax.jit(make_train_step(job.task, job.parts, updates.optimizer, updates.schedule, 1))
-    state, losses = setup.state, []
     for batch in device_batches(batches, job.mesh, 0, config.data.threads):
         state, sums = update(state, batch)
         total, weight = jax.device_get(sums["loss"])

@@ -76,6 +76,7 @@ def test_the_comparison_writes_its_table(tmp_path):
 
 
 @WITH_MINILM
+@pytest.mark.slow  # .ci/run asks for those of this file
 def test_whole_runs_tell_time_and_quality(tmp_path):
     write_reviews(tmp_path)
     sides = ("--sides", "finetune_jax, packed", "HF Trainer")
@@ -189,6 +190,7 @@ def test_a_step_and_its_parts():
     assert "| dense layers and convolutions |" in out
 
 
+@pytest.mark.slow
 def test_a_step_of_images_agrees_with_torchs_and_is_written(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- images -->\n<!-- end -->\n", encoding="utf-8")
@@ -199,6 +201,7 @@ def test_a_step_of_images_agrees_with_torchs_and_is_written(tmp_path):
     assert lines[1][4] == "1.00"
 
 
+@pytest.mark.slow
 @WITH_MINILM
 def test_predictions_agree_with_the_pipelines_and_input_is_read(tmp_path):
     data, page = tmp_path / "sst2", tmp_path / "page.md"
