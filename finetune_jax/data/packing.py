@@ -183,8 +183,10 @@ def plan_packed(order: np.ndarray, lengths: np.ndarray, shape: RowShape) -> Plan
     )
 
 
-def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int) -> RowShape:
+def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int, *, exact: bool = True) -> RowShape:
     """Rows and their length so that a filled batch holds `batch_size` examples of mean length.
+
+    Short rows are better than long ones: attention costs the square of their length.
 
     The devices are not asked, so that a run has the same batches on any number of them; rows that are missing to divide
     are added empty (`Batches.rows`).
@@ -193,18 +195,30 @@ def packed_shape(lengths: np.ndarray, batch_size: int, max_length: int) -> RowSh
         lengths: Pieces of each segment of the training split.
         batch_size: Examples a batch, on average.
         max_length: Longest row, pieces.
+        exact: A batch is closed when it holds that many, so that all positions beyond them are padding. Otherwise it is filled,
+            and its number of positions is free: the rows are as short as they pack well.
     """
     mean = float(lengths.mean())
     wanted = batch_size * mean / FILL
     longest = int(lengths.max())
     # Four mean segments a row and more leave little over at its end; the length is a multiple of 8 for the hardware.
     low = min(_ceil(max(longest, 4 * mean), 8), _ceil(max_length, 8))
-    best: RowShape | None = None
-    for rows in range(1, _ceil(wanted / low, 1) + 2):
-        length = min(max(8 * round(wanted / rows / 8), low), _ceil(max_length, 8))
-        if best is None or abs(rows * length - wanted) < abs(best.rows * best.length - wanted):
-            best = RowShape(rows, length, 0, batch_size, "packed")
-    assert best is not None
+    if exact:
+        best = min(
+            (
+                RowShape(
+                    rows,
+                    min(max(8 * round(wanted / rows / 8), low), _ceil(max_length, 8)),
+                    0,
+                    batch_size,
+                    "packed",
+                )
+                for rows in range(1, _ceil(wanted / low, 1) + 2)
+            ),
+            key=lambda shape: (abs(shape.rows * shape.length - wanted), shape.length),
+        )
+    else:
+        best = RowShape(max(1, round(wanted / low)), low, 0, 0, "packed")
     most = max(1, best.length // int(lengths.min()))
     return replace(best, segments=min(most, max(4, _ceil(3 * best.length / mean, 1))))
 

@@ -232,7 +232,7 @@ def evaluation_shape(examples: Examples, batch_size: int, max_length: int, batch
     """The static shape of an evaluation batch."""
     lengths = examples.lengths
     if batching == "packed" and lengths is not None:
-        return replace(packed_shape(lengths, batch_size, max_length), examples=0)
+        return packed_shape(lengths, batch_size, max_length, exact=False)
     return _one_a_row(lengths, batch_size, max_length, batching)
 
 

@@ -56,6 +56,16 @@ def test_little_padding_and_the_batch_size_on_average():
     assert len(lengths) / len(plan) == pytest.approx(32, rel=0.03)
 
 
+def test_rows_are_no_longer_than_they_must_be():
+    """Attention costs the square of their length: 512 that a model takes are no reason."""
+    lengths = lengths_like(25, 20_000, 100)
+    exact, free = packed_shape(lengths, 32, 512), packed_shape(lengths, 64, 512, exact=False)
+    assert exact.length == free.length == 104
+    assert free.examples == 0
+    plan = plan_packed(np.arange(len(lengths)), lengths, free)
+    assert 1 - lengths.sum() / (len(plan) * free.rows * free.length) < 0.05
+
+
 def test_a_batch_never_runs_ahead_of_the_batch_size():
     """Rows stay partly empty rather than batches growing."""
     lengths, shape = np.full(1000, 10), RowShape(8, 104, 10, 16)
