@@ -241,7 +241,7 @@ class Updates:
     is_frozen: dict[str, bool]
     """Of every parameter; running averages are none."""
     schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
 
 
 def make_updates(config: Config, job: Job, total_steps: int) -> Updates:

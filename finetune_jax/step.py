@@ -21,7 +21,7 @@ StepSums = dict[str, tuple[jax.Array, jax.Array]]
 def make_train_step(
     task: Task,
     parts: ModelParts,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     accumulation: int,
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, StepSums]]:
@@ -44,12 +44,15 @@ def make_train_step(
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         total, weight, statistics, grads = summed_gradient(gradient, state, batch, key, accumulation)
-        # A batch in which nothing is labelled moves nothing, instead of 0 / 0.
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-12), grads)
-        norm = optax.tree.norm(grads)  # of what the optimizer clips, so that XLA computes it once
+        whole = jnp.maximum(
+            weight, 1e-12
+        )  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
+        norm = optax.tree.norm(grads) / whole
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, weight=whole, norm=norm, finite=finite
+            )
             learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
@@ -70,7 +73,7 @@ def make_train_step(
             params=unless_skipped(optax.apply_updates(state.params, updates), state.params),  # pyright: ignore[reportArgumentType]
             frozen=state.frozen,
             model_state=unless_skipped(statistics, state.model_state),
-            opt_state=unless_skipped(opt_state, state.opt_state),
+            opt_state=opt_state,
             key=state.key,
             skipped=skipped,
             skipped_in_a_row=in_a_row,
