@@ -109,11 +109,9 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
     moments written first it reads those. Backends that make one loop of the three are better left alone.
     """
 
-    def update(
-        grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, finite: Any = True, **_: Any
-    ):
+    def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any):
         def moment(old: Any, decay: float, order: int) -> Any:
-            new = optax.tree.update_moment(grads, old, decay, order)
+            new = optax.tree.update_moment(updates, old, decay, order)
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
