@@ -28,6 +28,8 @@ import numpy as np
 import tyro
 from pages import put
 
+from finetune_jax.__main__ import ask_for_huge_pages
+
 RESNET18 = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
 RESNET50 = {"hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3], "layer_type": "bottleneck"}
 TINY = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
@@ -261,6 +263,8 @@ def main(args: Arguments) -> None:
             if name not in known:
                 raise SystemExit(f"there is no {kind} {name!r}; known are {'; '.join(known)}")
     if args.child is not None:
+        if args.sides[0] == OURS:
+            ask_for_huge_pages()  # as the command does
         print(json.dumps(vars(measure(args.cases[0], args.sides[0], args.child, args.steps))))
         return
     seen: dict[tuple[str, str], list[Figures]] = {

@@ -31,6 +31,8 @@ import numpy as np
 import tyro
 from pages import put
 
+from finetune_jax.__main__ import ask_for_huge_pages
+
 OURS, PIPELINE, SORTED = "finetune_jax", "pipeline", "pipeline, sorted by length"
 VERSIONS = ("jax", "flax", "torch", "transformers", "tokenizers", "pillow")
 
@@ -317,6 +319,8 @@ def main(args: Arguments) -> None:
     """Runs all, then prints the tables."""
     if args.child is not None:
         name, values = json.loads(args.child)
+        if values.get("side", OURS) == OURS:
+            ask_for_huge_pages()  # as the command does
         print(json.dumps({"predict": predict, "read": read}[name](**values)))
         return
     with tempfile.TemporaryDirectory() as folder:
