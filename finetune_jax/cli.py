@@ -123,11 +123,15 @@ class Export:
     """best, latest or a number."""
     verify: bool = False
     """Reload what was written and print the largest difference of a logit."""
+    adapter: bool = False
+    """Of a run with a peft.method: write adapter and head by themselves, as Hugging Face's peft opens them; otherwise they are merged into the model."""
 
     def __call__(self) -> int:
         from finetune_jax.export import export
 
-        difference = export(place(self.run), on_disk(self.output), step=self.step, verify=self.verify)
+        difference = export(
+            place(self.run), on_disk(self.output), step=self.step, verify=self.verify, adapter=self.adapter
+        )
         if difference is not None:
             print(f"largest logit difference: {difference:.3g}")
         print(self.output)

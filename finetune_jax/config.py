@@ -60,6 +60,8 @@ class ModelConfig:
     """Folder or vocab.txt of the tokenizer; None takes the checkpoint's."""
     replace_head: bool = False
     """Start a new head although the checkpoint has one, as when its labels are not the data's."""
+    train: Literal["all", "bias", "norm", "head"] = "all"
+    """Which parameters of the model get a gradient, besides the head: all (with a peft.method: none); biases only (BitFit); scales and biases of LayerNorm or BatchNorm only; none (a linear probe)."""
     freeze: tuple[str, ...] = ()
     """Regexes found in parameter paths: those parameters get no gradient and no optimizer state."""
     cache_features: bool = False
@@ -76,6 +78,28 @@ class ModelConfig:
     """BERT: compile one layer and run it in a loop. Compiles faster, takes more memory; checkpoints and exports are the same."""
     batch_norm_groups: int = 1
     """ResNet, batch_norm train: normalise so many equal parts of a micro-batch each by its own statistics. 1: the whole batch, over all devices; as many as there are devices: per replica."""
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """Parameters beside a model's own: they and the head are trained, the model is not."""
+
+    __pydantic_config__ = STRICT
+
+    method: Literal["none", "lora", "ia3"] = "none"
+    """none: the model itself is trained; lora: a low-rank product beside chosen layers; ia3: a factor for each feature of chosen layers (BERT)."""
+    targets: tuple[str, ...] = ()
+    """Regexes found in the paths of dense layers and convolutions, such as `attention/self/(query|value)$`; none takes the method's own choice."""
+    feedforward: tuple[str, ...] = ()
+    """(IA)3: regexes found in the paths of those targets whose inputs are scaled, not their outputs; none takes the second layer of the feed-forward block."""
+    rank: int = 8
+    """LoRA: of the product."""
+    alpha: float = 16.0
+    """LoRA: the product is multiplied by alpha / rank."""
+    rslora: bool = False
+    """LoRA: by alpha / sqrt(rank) instead."""
+    dropout: float = 0.0
+    """LoRA: share of the product's input that is dropped in training (dense layers)."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +202,12 @@ class OptimConfig:
     """SGD."""
     nesterov: bool = False
     """SGD."""
+    layer_decay: float = 1.0
+    """Learning rate of a layer (BERT) or block (ResNet) over that of the next one; pooler and head have the whole, embeddings the least."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """REGEX FACTOR pairs: the learning rate of parameters in whose path the regex is found, over the schedule's; the first that is found counts."""
+    unfreeze_every: int | None = None
+    """Gradual unfreezing: pooler and head alone at first, then one more layer or block from the top each so many updates, embeddings last. All have gradients and moments from the start."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; None leaves it alone."""
 
@@ -260,6 +290,7 @@ class Config:
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -386,6 +417,8 @@ def validate(config: Config) -> Config:
         ("data.max-train-examples", config.data.max_train_examples, 1),
         ("data.image.size", config.data.image.size, 1),
         ("optim.warmup-steps", config.optim.warmup_steps, 0),
+        ("peft.rank", config.peft.rank, 1),
+        ("optim.unfreeze-every", config.optim.unfreeze_every, 1),
         ("mesh.smallest-split", config.mesh.smallest_split, 0),
         ("seed", config.seed, 0),
     ):
@@ -395,6 +428,9 @@ def validate(config: Config) -> Config:
         ("data.stall-seconds", config.data.stall_seconds, 0.001, 1e6),
         ("task.label-smoothing", config.task.label_smoothing, 0.0, 0.999),
         ("optim.warmup-ratio", config.optim.warmup_ratio, 0.0, 1.0),
+        ("optim.layer-decay", config.optim.layer_decay, 0.001, 1.0),
+        *((f"optim.rates {regex}", rate, 1e-6, 1e6) for regex, rate in config.optim.rates.items()),
+        ("peft.dropout", config.peft.dropout, 0.0, 0.999),
         ("optim.momentum", config.optim.momentum, 0.0, 0.9999),
         ("optim.beta1", config.optim.beta1, 0.0, 0.999999),
         ("optim.beta2", config.optim.beta2, 0.0, 0.999999),
@@ -410,6 +446,7 @@ def validate(config: Config) -> Config:
         ("optim.clip-norm", config.optim.clip_norm),
         ("checkpoint.grace-seconds", config.checkpoint.grace_seconds),
         ("optim.eps", config.optim.eps),
+        ("peft.alpha", config.peft.alpha),
     ):
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{path} is {value}, must be above 0")
@@ -419,6 +456,20 @@ def validate(config: Config) -> Config:
         raise UserError("model.scan-layers is for family bert: the blocks of a resnet differ in shape")
     if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
         raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
+    if config.peft.method == "none" and config.peft != PeftConfig():
+        raise UserError("peft.method is none, other fields of peft are set; name a method, or leave them out")
+    if (
+        config.peft.method != "none"
+        and config.model.family == "resnet"
+        and config.model.batch_norm == "train"
+    ):
+        raise UserError(
+            f"peft.method {config.peft.method} leaves the running averages to the adapter's model; set model.batch-norm frozen"
+        )
+    if config.peft.method != "none" and config.model.train == "head":
+        raise UserError(
+            f"model.train head would leave peft.method {config.peft.method} untrained; leave one of them out"
+        )
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
             f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"

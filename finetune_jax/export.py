@@ -14,8 +14,10 @@ from finetune_jax import __version__, config, signals
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
-from finetune_jax.hf.pretrained import export_tensors
-from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model, save_model_folder
+from finetune_jax.hf.pretrained import FAMILIES, export_tensors, load_params
+from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model, open_pretrained, save_model_folder
+from finetune_jax.peft import hf_format, install
+from finetune_jax.peft.hf_format import adapter_files
 from finetune_jax.runfolder import MANIFEST_FILE, RESULT_FILE
 from finetune_jax.step import make_forward
 from finetune_jax.storage import Folder
@@ -24,8 +26,13 @@ from finetune_jax.tree import Flat
 CARD_FILE = "README.md"
 
 
-def export(run: Folder, output: Path, *, step: str = "best", verify: bool = False) -> float | None:
+def export(
+    run: Folder, output: Path, *, step: str = "best", verify: bool = False, adapter: bool = False
+) -> float | None:
     """Write config.json, model.safetensors, tokenizer or preprocessor_config.json, and a model card.
+
+    What a method of `peft` added is multiplied into the model; with `adapter` it is written by itself, beside the head, as `peft`
+    has it (adapter_config.json, adapter_model.safetensors).
 
     The folder is written beside its place and renamed: it is there whole or not at all.
 
@@ -34,12 +41,13 @@ def export(run: Folder, output: Path, *, step: str = "best", verify: bool = Fals
         output: A folder that does not exist yet.
         step: best, latest or a number.
         verify: Reload what was written and compare its logits.
+        adapter: Write what was trained only.
 
     Returns:
         The largest absolute difference of a logit, if `verify`.
 
     Raises:
-        UserError: The run is none, or the output exists.
+        UserError: The run is none, the output exists, or there is no adapter.
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder or remove it")
@@ -51,12 +59,46 @@ def export(run: Folder, output: Path, *, step: str = "best", verify: bool = Fals
     signals.phase("exporting")
     with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
         save_model_folder(job, draft)
-        files.save_tensors(draft, export_tensors(job.family, jax.device_get(weights)))
+        if adapter:
+            save_adapter(run, job, weights, draft)
+        else:
+            files.save_tensors(draft, export_tensors(job.family, install.merged(weights, job.peft)))
         (draft / CARD_FILE).write_text(model_card(run, job, number), encoding="utf-8")
         difference = largest_difference(job, weights, draft) if verify else None
         os.chmod(draft, 0o755)  # mkdtemp made it private
         os.rename(draft, output)
     return difference
+
+
+def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path) -> None:
+    """The two files of `peft`.
+
+    Raises:
+        UserError: More than an adapter and a head was trained, or what they are for is not known.
+    """
+    saved = config.load_saved(run / CONFIG_FILE)
+    whole = "export without --adapter writes the whole model"
+    if job.peft.method == "none":
+        raise UserError(f"{run} has no adapter: its peft.method is none; {whole}")
+    if saved.model.train != "all":
+        raise UserError(
+            f"{run} trained {saved.model.train} of the model too (model.train), which an adapter has not; {whole}"
+        )
+    base = open_pretrained(saved.model)
+    if base is None:
+        raise UserError(f"{run} began with random weights, for which nobody else can use an adapter; {whole}")
+    new = [
+        path
+        for path in load_params(base, job.own_weights, replace_head=True).new
+        if not path.startswith("classifier/")
+    ]
+    if new:
+        raise UserError(f"{base.source} has no {', '.join(new)}: an adapter would lack them too; {whole}")
+    fields, tensors = adapter_files(
+        FAMILIES[job.family], jax.device_get(weights), job.peft, base.source, job.task.architecture
+    )
+    files.save_tensors(folder, tensors, hf_format.WEIGHTS_FILE)
+    (folder / hf_format.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def largest_difference(job: Job, weights: Flat, folder: Path) -> float:

@@ -20,26 +20,30 @@ from jax.sharding import Mesh, NamedSharding
 from finetune_jax import storage
 from finetune_jax.checkpoint import DIRECTORY, Checkpoints
 from finetune_jax.compiling import use_cache
-from finetune_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_saved, nearest
+from finetune_jax.config import Config, DataConfig, MeshConfig, ModelConfig, PeftConfig, load_saved, nearest
 from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.sources import Source, cache_root, load_source
 from finetune_jax.data.text import load_tokenizer
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
+from finetune_jax.hf.pretrained import FAMILIES as PRETRAINED
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.kernels import PLATFORMS, attention_kernel
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
+from finetune_jax.peft import hf_format, install
+from finetune_jax.peft.selection import Pace, depths, frozen_parameters, paces
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
 from finetune_jax.state import ModelParts, initial_weights, split_model
 from finetune_jax.tasks import TASKS, Task
-from finetune_jax.tree import Flat, lookup, matches_any
+from finetune_jax.tree import Flat, lookup
 
 FAMILIES = {"bert": bert, "resnet": resnet}
 MODEL_DIRECTORY = "model"
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+NO_PEFT = PeftConfig()
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -54,6 +58,8 @@ class Job:
     mesh: Mesh
     placements: dict[str, Placement]
     """Where each weight lies."""
+    peft: PeftConfig = NO_PEFT
+    """What has been put beside the model's own parameters."""
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:
@@ -67,6 +73,11 @@ class Job:
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.placements[path].sharding)
             for path, leaf in self.parts.abstract.items()
         }
+
+    @property
+    def own_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The model's own: what a checkpoint of it has."""
+        return {path: leaf for path, leaf in self.parts.abstract.items() if not install.is_added(path)}
 
     def hf_config(self) -> dict[str, Any]:
         """config.json for transformers, which gives a score the name LABEL_0."""
@@ -84,6 +95,7 @@ def make_job(
     devices: Devices | None,
     compute: Compute = FLOAT32,
     attention: str = "auto",
+    peft: PeftConfig = NO_PEFT,
 ) -> Job:
     """Trace the task's model and lay it out on a mesh; no weights are made."""
 
@@ -95,12 +107,14 @@ def make_job(
 
     def build(key: jax.Array) -> nnx.Module:
         model: Any = task.model_class
-        return model(model_config, task.num_labels, compute=compute, rngs=nnx.Rngs(key))
+        made = model(model_config, task.num_labels, compute=compute, rngs=nnx.Rngs(key))
+        install.install(made, peft, family, FAMILIES[family].HEAD, key)
+        return made
 
     parts = split_model(build)
-    rules = FAMILIES[family].SHARDING
+    rules = (*install.SHARDING, *FAMILIES[family].SHARDING)
     placements = place_params(rules, parts.abstract, mesh, config.smallest_split)
-    return Job(task, family, model_config, parts, mesh, placements)
+    return Job(task, family, model_config, parts, mesh, placements, peft)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +159,8 @@ def job_from_config(
     task = task_from_config(config, checkpoint, model_config, source.labels)
     family, compute = config.model.family, compute_of(config.model)
     check_attention(config.model, model_config)
-    return make_job(task, family, model_config, config.mesh, devices, compute, config.model.attention)
+    attention = config.model.attention
+    return make_job(task, family, model_config, config.mesh, devices, compute, attention, config.peft)
 
 
 def check_attention(config: ModelConfig, model_config: Any) -> None:
@@ -240,6 +255,8 @@ class Updates:
 
     is_frozen: dict[str, bool]
     """Of every parameter; running averages are none."""
+    paces: dict[str, Pace]
+    """How fast each trained parameter moves."""
     schedule: optax.Schedule
     optimizer: optax.GradientTransformationExtraArgs
 
@@ -251,13 +268,16 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
         UserError: Nothing is left to train.
     """
     parameters = [path for path in job.parts.abstract if path not in job.parts.statistics]
-    is_frozen = matches_any(config.model.freeze, parameters)
+    family, optim = FAMILIES[job.family], config.optim
+    always, has_method = f"{family.HEAD}|{install.ADDED}", config.peft.method != "none"
+    model = config.model
+    is_frozen = frozen_parameters(model.train, model.freeze, always, parameters, has_method=has_method)
     trained = [path for path, frozen in is_frozen.items() if not frozen]
-    if not trained:
-        raise UserError(f"model.freeze {list(config.model.freeze)} leaves nothing to train")
+    depth = depths(trained, family.STEM, family.BLOCK)
+    pace = paces(depth, optim.layer_decay, optim.rates, optim.unfreeze_every)
     schedule = make_schedule(config.optim, total_steps)
-    decay = lookup(FAMILIES[job.family].DECAY, trained, "weight-decay rule")
-    return Updates(is_frozen, schedule, make_optimizer(config.optim, schedule, decay))
+    decay = lookup((*install.DECAY, *family.DECAY), trained, "weight-decay rule")
+    return Updates(is_frozen, pace, schedule, make_optimizer(optim, schedule, decay, pace))
 
 
 def cached_width(config: Config, job: Job, updates: Updates) -> int:
@@ -289,7 +309,7 @@ def pretrained_weights(
     """Weights of the checkpoint by path, and a sentence on what was and was not in it."""
     if checkpoint is None:
         return {}, "all weights are random"
-    loaded = load_params(checkpoint, job.parts.abstract, replace_head=replace_head)
+    loaded = load_params(checkpoint, job.own_weights, replace_head=replace_head)
     note = f"{len(loaded.params)} tensors from {checkpoint.source}"
     if loaded.new:
         note += f"; new, random: {', '.join(loaded.new)}"
@@ -334,24 +354,84 @@ def open_model(
     run = is_run(path)
     if storage.in_bucket(path) and not run:
         raise UserError(f"{model} is not a run folder; copy another kind of model to this machine first")
-    checkpoint = open_checkpoint(
-        str(storage.local_copy(path / MODEL_DIRECTORY)) if run else os.path.expandvars(model)
-    )
-    compute = FLOAT32
+    adapter = None
+    if not run and (Path(path) / hf_format.CONFIG_FILE).is_file():
+        adapter, checkpoint = open_adapter(Path(path))
+    else:
+        checkpoint = open_checkpoint(
+            str(storage.local_copy(path / MODEL_DIRECTORY)) if run else os.path.expandvars(model)
+        )
+    compute, peft = FLOAT32, NO_PEFT if adapter is None else adapter.config
     if run:
         saved = load_saved(path / CONFIG_FILE)
-        max_length, compute = max_length or saved.data.max_length, compute_of(saved.model)
+        max_length, compute, peft = max_length or saved.data.max_length, compute_of(saved.model), saved.peft
     task = _task_of(checkpoint, max_length)
     model_config = parse_config(checkpoint.family, checkpoint.hf_config, checkpoint.source)
-    job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, compute)
+    job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, compute, peft=peft)
     if run:
         checkpoints = Checkpoints(path)
         weights = checkpoints.restore_weights(job.abstract_weights, checkpoints.choose(step))
         return job, weights
+    if adapter is not None:
+        return job, initial_weights(
+            job.parts, job.shardings, 0, _with_adapter(job, checkpoint, adapter, model)
+        )
     loaded = load_params(checkpoint, job.parts.abstract, replace_head=False)
     if loaded.new:
         raise UserError(f"{model} has no trained head ({', '.join(loaded.new)}); fine-tune it first")
     return job, initial_weights(job.parts, job.shardings, 0, loaded.params)
+
+
+def open_adapter(folder: Path) -> tuple[hf_format.Adapter, Checkpoint]:
+    """An adapter, and the model that it is for, with the head that the adapter brings.
+
+    Raises:
+        UserError: The model is not named or not there, or the adapter is of a kind that we do not have.
+    """
+    fields = files.read_json(folder / hf_format.CONFIG_FILE)
+    source = fields.get("base_model_name_or_path")
+    if not source:
+        raise UserError(
+            f"{folder} does not name its model; set base_model_name_or_path in {hf_format.CONFIG_FILE}"
+        )
+    base = open_checkpoint(os.path.expandvars(source), fields.get("revision"))
+    adapter = hf_format.read_adapter(folder, PRETRAINED[base.family])
+    if (folder / CONFIG_FILE).is_file():  # we write one, for the labels and the task
+        own = open_checkpoint(str(folder))
+        labels, num_labels, architectures = own.labels, own.num_labels, own.architectures
+        return adapter, dataclasses.replace(
+            base, labels=labels, num_labels=num_labels, architectures=architectures, hf_config=own.hf_config
+        )
+    heads = {"SEQ_CLS": "BertForSequenceClassification", "TOKEN_CLS": "BertForTokenClassification"}
+    architecture = heads.get(str(fields.get("task_type")), "ResNetForImageClassification")
+    if "classifier/bias" not in adapter.params:
+        raise UserError(f"{folder} has no classifier; save it with modules_to_save ['classifier']")
+    count = len(adapter.params["classifier/bias"])
+    return adapter, dataclasses.replace(base, labels=None, num_labels=count, architectures=(architecture,))
+
+
+def _with_adapter(
+    job: Job, checkpoint: Checkpoint, adapter: hf_format.Adapter, where: str
+) -> dict[str, np.ndarray]:
+    """The model's weights and the adapter's.
+
+    Raises:
+        UserError: The adapter is for another model.
+    """
+    own = load_params(checkpoint, job.own_weights, replace_head=True)
+    weights = {**own.params, **adapter.params}
+    wrong = [
+        f"{path} is {list(value.shape)}, must be {list(job.parts.abstract[path].shape)}"
+        for path, value in adapter.params.items()
+        if path in job.parts.abstract and value.shape != job.parts.abstract[path].shape
+    ]
+    wrong += [f"{path} is not in it" for path in sorted(adapter.params.keys() - job.parts.abstract.keys())]
+    wrong += [f"{path} is in neither" for path in sorted(job.parts.abstract.keys() - weights.keys())]
+    if wrong:
+        raise UserError(
+            f"{where} is an adapter for another model than {checkpoint.source}: {'; '.join(wrong[:4])}"
+        )
+    return weights
 
 
 def _task_of(checkpoint: Checkpoint, max_length: int | None) -> Task:

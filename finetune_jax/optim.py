@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule from the config, over the trained parameters only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from finetune_jax.config import OptimConfig
+from finetune_jax.peft.selection import Pace
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -37,7 +39,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, decay_mask: dict[str, bool]
+    config: OptimConfig, schedule: optax.Schedule, decay_mask: dict[str, bool], paces: Mapping[str, Pace]
 ) -> optax.GradientTransformationExtraArgs:
     """Mean and clipping, then the optimizer.
 
@@ -48,6 +50,7 @@ def make_optimizer(
         config: Which one, and its constants.
         schedule: Learning rate by update.
         decay_mask: Whether weight decay applies, for each trained parameter.
+        paces: How its update, decay included, is scaled.
     """
     decay = config.weight_decay
     if config.name == "adamw":
@@ -73,7 +76,7 @@ def make_optimizer(
             optax.add_decayed_weights(decay, decay_mask),
             guarded(optax.sgd(schedule, config.momentum or None, nesterov=config.nesterov)),
         )
-    return optax.chain(mean_and_clip(config.clip_norm), update)
+    return optax.chain(mean_and_clip(config.clip_norm), update, paced(paces))
 
 
 def mean_and_clip(clip_norm: float | None) -> optax.GradientTransformationExtraArgs:
@@ -99,6 +102,28 @@ def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation
         return updates, jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def paced(paces: Mapping[str, Pace]) -> optax.GradientTransformationExtraArgs:
+    """Each update times the rate of its parameter, and none before its start. Counts updates only where some start late."""
+    late = any(pace.start for pace in paces.values())
+
+    def init(params: Any) -> Any:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)) if late else optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any):
+        scaled = dict(updates)
+        for path, pace in paces.items():
+            if pace.rate != 1.0:
+                scaled[path] = scaled[path] * pace.rate
+            if pace.start:
+                scaled[path] = jnp.where(state.count >= pace.start, scaled[path], 0.0)
+        if late:
+            count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+            state = optax.ScaleByScheduleState(count)
+        return scaled, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformationExtraArgs:

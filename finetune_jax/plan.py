@@ -245,7 +245,14 @@ class Subject:
         family, compute = config.model.family, compute_of(config.model)
         check_attention(config.model, self.model_config)
         job = make_job(
-            self.task, family, self.model_config, config.mesh, devices, compute, config.model.attention
+            self.task,
+            family,
+            self.model_config,
+            config.mesh,
+            devices,
+            compute,
+            config.model.attention,
+            config.peft,
         )
         parts = batch_parts(job.mesh) * config.train.accumulation
         batching, longest = config.data.batching, config.data.max_length

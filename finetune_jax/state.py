@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from finetune_jax.peft.selection import Pace
 from finetune_jax.sharding import bytes_a_device, replicated, shard_like_params
 from finetune_jax.tree import Flat, flatten
 
@@ -141,24 +142,42 @@ def abstract_state(
     )
 
 
-def parameter_table(state: TrainState) -> str:
-    """Count of parameters by part of the model, trained and frozen, and the bytes of the optimizer's state."""
+def parameter_table(state: TrainState, paces: Mapping[str, Pace]) -> str:
+    """Count of parameters by part of the model, trained and frozen, and the bytes of the optimizer's state.
+
+    Where not all move alike, also the learning rate over the schedule's, and the update with which a part starts.
+    """
     rows: dict[str, list[int]] = {}
+    moving: dict[str, list[Pace]] = {}
     for kind, group in enumerate((state.params, state.frozen)):
         for path, leaf in group.items():
             parts = path.split("/")
             name = "/".join(parts[: 4 if "layer" in parts or "stages" in parts else 2])
             rows.setdefault(name, [0, 0])[kind] += leaf.size
+            moving.setdefault(name, []).extend([paces[path]] if kind == 0 else [])
     width = max(len(name) for name in rows)
+    rates, starts = ({getattr(p, of) for p in paces.values()} for of in ("rate", "start"))
     lines = [f"{'part':<{width}} {'trained':>13} {'frozen':>13}"]
-    lines += [
-        f"{name:<{width}} {trained:>13,} {frozen:>13,}" for name, (trained, frozen) in sorted(rows.items())
-    ]
+    lines[0] += f" {'rate':>17}" if rates != {1.0} else ""
+    lines[0] += f" {'from update':>11}" if starts != {0} else ""
+    for name, (trained, frozen) in sorted(rows.items()):
+        line = f"{name:<{width}} {trained:>13,} {frozen:>13,}"
+        if rates != {1.0}:
+            line += f" {_span([pace.rate for pace in moving[name]]):>17}"
+        if starts != {0}:
+            line += f" {_span([pace.start for pace in moving[name]]):>11}"
+        lines.append(line)
     trained, total = parameter_counts(state)
     lines.append(f"{'all':<{width}} {trained:>13,} {total - trained:>13,}")
     whole, _ = bytes_a_device(state.opt_state)
     lines.append(f"optimizer state: {whole / 1e6:,.1f} MB")
     return "\n".join(lines)
+
+
+def _span(values: list[Any]) -> str:
+    """Lowest and highest, once where they are one; a dash for none."""
+    ends = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in sorted(set(values))]
+    return " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else "-"
 
 
 def parameter_counts(state: TrainState) -> tuple[int, int]:

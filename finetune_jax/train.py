@@ -517,7 +517,7 @@ def announce(setup: Setup, note: str) -> None:
     """What is about to be trained, on what."""
     job, batches, state = setup.job, setup.batches, setup.state
     say(f"{job.task.architecture}: {note}")
-    say(parameter_table(state))
+    say(parameter_table(state, setup.updates.paces))
     if state.model_state and getattr(job.task, "batch_norm", "") == "train" and state.frozen:
         say("model.batch-norm is train: running averages move in frozen layers too; frozen keeps them")
     for line in placement_summary(job, state):

@@ -4,6 +4,7 @@ Everything that is said per parameter (frozen or trained, weight decay, sharding
 (regex, value): the first regex that matches the whole path wins, and a path that none matches is an error that lists it.
 """
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -60,8 +61,16 @@ def lookup(table: Sequence[tuple[str, V]], paths: Iterable[str], what: str) -> d
     return found
 
 
-def matches_any(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, bool]:
+def matches_any(
+    patterns: Sequence[str], paths: Iterable[str], what: str = "regex", of: str = "parameter"
+) -> dict[str, bool]:
     """For each path, whether some regex is found in it (`re.search`), as users expect of `--model.freeze`.
+
+    Args:
+        patterns: Regexes.
+        paths: Where they are looked for.
+        what: The regexes, for errors.
+        of: What the paths are of, for errors.
 
     Raises:
         UserError: Naming a regex that does not compile, or that is found in no path (a typing mistake, most often).
@@ -72,10 +81,9 @@ def matches_any(patterns: Sequence[str], paths: Iterable[str]) -> dict[str, bool
         try:
             regex = re.compile(pattern)
         except re.error as error:
-            raise UserError(f"regex {pattern!r} does not compile: {error}") from error
+            raise UserError(f"{what} {pattern!r} does not compile: {error}") from error
         if not any(regex.search(path) for path in paths):
-            raise UserError(
-                f"regex {pattern!r} matches no parameter; paths look like {paths[0]!r} and {paths[-1]!r}"
-            )
+            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
+            raise UserError(f"{what} {pattern!r} matches no {of}; the nearest are {', '.join(near)}")
         compiled.append(regex)
     return {path: any(regex.search(path) for regex in compiled) for path in paths}

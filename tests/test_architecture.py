@@ -19,7 +19,7 @@ FLOORS = [
         "targets",
         "compiling",
     },
-    {"data", "hf", "optim", "sharding"},
+    {"data", "hf", "optim", "peft", "sharding"},
     {"tasks", "state", "kernels"},
     {"step", "checkpoint", "job"},
     {"runfolder", "evaluate", "predict", "export", "audit", "meter", "programs"},
@@ -28,7 +28,7 @@ FLOORS = [
 ]
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
-    ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"),
+    ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("optim", "peft"), ("peft", "hf"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"),
     ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("targets", "config"), ("plan_report", "plan"),
 }  # fmt: skip
 

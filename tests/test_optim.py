@@ -56,7 +56,7 @@ def descend(config, steps=12):
     grads = [
         {n: rng.normal(size=v.shape).astype(np.float32) * 3 for n, v in start.items()} for _ in range(steps)
     ]
-    optimizer = make_optimizer(config, make_schedule(config, steps), {"w": True, "b": False})
+    optimizer = make_optimizer(config, make_schedule(config, steps), {"w": True, "b": False}, {})
     params = {n: jnp.asarray(v) for n, v in start.items()}
     state = optimizer.init(params)
     for grad in grads:
@@ -110,7 +110,7 @@ def test_updates_equal_torch(name, clip):
 def test_others_move_against_the_gradient_and_decay_by_mask(name):
     config = OptimConfig(name=name, learning_rate=0.01, weight_decay=0.1, schedule="constant", clip_norm=None)
     params = {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}
-    optimizer = make_optimizer(config, make_schedule(config, 10), {"w": True, "b": False})
+    optimizer = make_optimizer(config, make_schedule(config, 10), {"w": True, "b": False}, {})
     state = optimizer.init(params)
     updates, _ = optimizer.update({"w": jnp.ones((8, 8)), "b": jnp.ones(8)}, state, params)
     assert float(updates["w"].max()) < 0
@@ -135,7 +135,7 @@ def some(seed):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gradient_that_is_not_finite_leaves_the_state(name):
     config = OptimConfig(name=name, learning_rate=0.01)
-    optimizer = make_optimizer(config, make_schedule(config, 10), {"w": True, "b": False})
+    optimizer = make_optimizer(config, make_schedule(config, 10), {"w": True, "b": False}, {})
     _, state = optimizer.update(some(1), optimizer.init(some(0)), some(0))
     _, kept = optimizer.update(jax.tree.map(lambda g: g * jnp.nan, some(2)), state, some(0), finite=False)
     jax.tree.map(np.testing.assert_array_equal, kept, state)
@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state(name):
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_sums_and_their_weight_are_a_mean(clip):
     config = OptimConfig(name="sgd", momentum=0.0, learning_rate=1.0, schedule="constant", clip_norm=clip)
-    optimizer = make_optimizer(config, make_schedule(config, 10), {"w": True, "b": False})
+    optimizer = make_optimizer(config, make_schedule(config, 10), {"w": True, "b": False}, {})
     sums = jax.tree.map(lambda g: 4 * g, some(1))
     ours, _ = optimizer.update(sums, optimizer.init(some(0)), some(0), weight=4.0)
     theirs, _ = optimizer.update(some(1), optimizer.init(some(0)), some(0))
@@ -182,5 +182,5 @@ def test_no_moment_is_copied_before_it_is_overwritten():
         return text.count("= f32[300,301]{1,0} copy(")
 
     schedule = make_schedule(config, 10)
-    assert copies(make_optimizer(config, schedule, {"w": True})) == 0
+    assert copies(make_optimizer(config, schedule, {"w": True}, {})) == 0
     assert copies(guarded(optax.adamw(schedule))) > 0, "this test sees copies where there are some"

@@ -33,7 +33,7 @@ def setup(config, accumulation=1):
     weights, places = initial_weights(job.parts, job.shardings, 0, {}), job.shardings
     frozen = {path: False for path in weights if path not in job.parts.statistics}
     schedule = make_schedule(config.optim, 10)
-    optimizer = make_optimizer(config.optim, schedule, {p: p.endswith("kernel") for p in frozen})
+    optimizer = make_optimizer(config.optim, schedule, {p: p.endswith("kernel") for p in frozen}, {})
     state = create_state(weights, places, job.parts.statistics, frozen, optimizer, job.mesh, 0)
     step = jax.jit(make_train_step(job.task, job.parts, optimizer, schedule, accumulation))
     return job, examples, state, step

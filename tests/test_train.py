@@ -15,7 +15,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
 from tests import tiny
-from tests.tiny import rows
+from tests.tiny import assert_same_bits, config_of, rows, saved
 
 replace = dataclasses.replace
 
@@ -23,34 +23,6 @@ replace = dataclasses.replace
 @pytest.fixture
 def one_device():
     return jax.devices()[:1]
-
-
-def config_of(kind, tmp_path, **train):
-    if kind == "image":
-        return tiny.image_config(tiny.write_images(tmp_path / "squares.npz"), **train)
-    if kind == "token":
-        return tiny.text_config(tiny.write_conll(tmp_path / "conll"), "token_classification", **train)
-    return tiny.text_config(tiny.write_texts(tmp_path / "texts"), **train)
-
-
-def saved(run):
-    """Everything in the newest checkpoint, as host arrays."""
-    import orbax.checkpoint as ocp
-
-    step = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-    found = {}
-    for item in ("weights", "training"):
-        with ocp.StandardCheckpointer() as reader:
-            found[item] = reader.restore(run / "checkpoints" / str(step) / item)
-    return step, found
-
-
-def assert_same_bits(one, two):
-    flat_one, tree_one = jax.tree.flatten_with_path(one)
-    flat_two, tree_two = jax.tree.flatten_with_path(two)
-    assert tree_one == tree_two
-    for (path, a), (_, b) in zip(flat_one, flat_two, strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")

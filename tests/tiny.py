@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from PIL import Image
 
 from finetune_jax import train
 from finetune_jax.config import (
@@ -128,6 +131,15 @@ def write_images(file: Path, train: int = 40, other: int = 13) -> Path:
     return file
 
 
+def pictures(folder: Path, count: int) -> list[Path]:
+    """PNG files of several sizes."""
+    rng = np.random.default_rng(0)
+    files = [folder / f"{index}.png" for index in range(count)]
+    for index, file in enumerate(files):
+        Image.fromarray(rng.integers(0, 256, (12 + 9 * index, 12 + 5 * index, 3), np.uint8)).save(file)
+    return files
+
+
 def write_vocab(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "vocab.txt"
@@ -157,3 +169,30 @@ def image_config(file: Path, **train: Any) -> Config:
         optim=OptimConfig(name="sgd", learning_rate=0.05, weight_decay=1e-3),
         train=TrainConfig(**{"batch_size": 16, "epochs": 2, "log_every": 1, "tensorboard": False, **train}),
     )
+
+
+def config_of(kind: str, folder: Path, **train: Any) -> Config:
+    """The run of a kind: text, token or image."""
+    if kind == "image":
+        return image_config(write_images(folder / "squares.npz"), **train)
+    if kind == "token":
+        return text_config(write_conll(folder / "conll"), "token_classification", **train)
+    return text_config(write_texts(folder / "texts"), **train)
+
+
+def saved(run: Path) -> tuple[int, dict[str, Any]]:
+    """Everything in the newest checkpoint, as host arrays."""
+    step = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    found = {}
+    for item in ("weights", "training"):
+        with ocp.StandardCheckpointer() as reader:
+            found[item] = reader.restore(run / "checkpoints" / str(step) / item)
+    return step, found
+
+
+def assert_same_bits(one: Any, two: Any) -> None:
+    flat_one, tree_one = jax.tree.flatten_with_path(one)
+    flat_two, tree_two = jax.tree.flatten_with_path(two)
+    assert tree_one == tree_two
+    for (path, a), (_, b) in zip(flat_one, flat_two, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path

@@ -178,15 +178,19 @@ def read_json(path: Path) -> dict[str, Any]:
 class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder by name, memory-mapped: each is read when it is asked for. A context manager."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str = WEIGHTS):
         """Opens the folder's safetensors, one file or several.
+
+        Args:
+            folder: Where they are.
+            name: Of the file, where there is one.
 
         Raises:
             UserError: Naming the file that is absent or damaged.
         """
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        self.folder = folder
+        self.folder, self._name = folder, name
         try:
             self._open()
         except BaseException:
@@ -194,9 +198,9 @@ class Tensors(Mapping[str, np.ndarray]):
             raise
 
     def _open(self) -> None:
-        if (self.folder / WEIGHTS).is_file():
-            self._file_of = dict.fromkeys(self._open_file(WEIGHTS), WEIGHTS)
-        elif (self.folder / INDEX).is_file():
+        if (self.folder / self._name).is_file():
+            self._file_of = dict.fromkeys(self._open_file(self._name), self._name)
+        elif self._name == WEIGHTS and (self.folder / INDEX).is_file():
             self._file_of = _weight_map(self.folder / INDEX)
             held = {name: set(self._open_file(name)) for name in sorted(set(self._file_of.values()))}
             for key, name in self._file_of.items():
@@ -205,7 +209,7 @@ class Tensors(Mapping[str, np.ndarray]):
         else:
             other = [name for name in OTHER_WEIGHTS if (self.folder / name).is_file()]
             found = f"only {', '.join(other)}" if other else "no weights"
-            raise UserError(f"{self.folder} has no {WEIGHTS}, {found}; {_CONVERT}")
+            raise UserError(f"{self.folder} has no {self._name}, {found}; {_CONVERT}")
 
     def _open_file(self, name: str) -> Iterable[str]:
         path = inside(self.folder / name)
@@ -261,8 +265,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `model.safetensors` as transformers wants it (it refuses a file that does not say its format)."""
+def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str = WEIGHTS) -> None:
+    """Writes a file of safetensors as transformers wants it (it refuses a file that does not say its format)."""
     # Not np.ascontiguousarray: it makes a vector of a scalar.
     contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
-    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(contiguous, folder / name, metadata={"format": "pt"})

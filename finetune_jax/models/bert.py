@@ -46,6 +46,9 @@ DECAY: tuple[tuple[str, bool], ...] = (
 HEAD = r"classifier/(kernel|bias)"
 """Parameters of the task, which another task's checkpoint cannot give."""
 
+STEM, BLOCK = r"bert/embeddings/.*", r"bert/encoder/layer/(\d+)/.*"
+"""Parameters before the first layer, and within one; the group is its number."""
+
 
 @dataclass(frozen=True)
 class BertConfig:
@@ -116,8 +119,8 @@ class SelfAttention(nnx.Module):
             return x_BxLxD.reshape(B, L, self.heads, D // self.heads).swapaxes(1, 2)
 
         # Heads beside the batch before the products, not inside them: XLA's CPU backend is three times faster so.
-        query_BxNxLxH, key_BxNxLxH = by_head(self.query(x_BxLxD)), by_head(self.key(x_BxLxD))
-        value_BxNxLxH = by_head(self.value(x_BxLxD))
+        query_BxNxLxH, key_BxNxLxH = by_head(self.query(x_BxLxD, key)), by_head(self.key(x_BxLxD, key))
+        value_BxNxLxH = by_head(self.value(x_BxLxD, key))
         drops = key is not None and self.dropout_rate > 0
         kernel = None if drops else self.attend
         if kernel is not None and kernel.takes(self.heads, L, D // self.heads, self.dtype):
@@ -145,7 +148,7 @@ class Output(nnx.Module):
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, x_BxLxE: jax.Array, residual_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
-        x_BxLxD = dropout(self.dense(x_BxLxE), self.dropout_rate, key).astype(jnp.float32)
+        x_BxLxD = dropout(self.dense(x_BxLxE, key), self.dropout_rate, key).astype(jnp.float32)
         return self.LayerNorm(x_BxLxD + residual_BxLxD.astype(jnp.float32))
 
 
@@ -165,8 +168,8 @@ class Intermediate(nnx.Module):
         self.dense = Linear(config.hidden_size, config.intermediate_size, init, dtype=dtype, rngs=rngs)
         self.hidden_act = config.hidden_act
 
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        return ACTIVATIONS[self.hidden_act](self.dense(x_BxLxD))
+    def __call__(self, x_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+        return ACTIVATIONS[self.hidden_act](self.dense(x_BxLxD, key))
 
 
 class Layer(nnx.Module):
@@ -182,7 +185,7 @@ class Layer(nnx.Module):
         weights_key, attention_key, output_key = _split(key, 3)
         mixed_BxLxD = self.attention.self(x_BxLxD, segment_ids_BxL, weights_key)
         x_BxLxD = self.attention.output(mixed_BxLxD, x_BxLxD, attention_key).astype(self.dtype)
-        return self.output(self.intermediate(x_BxLxD), x_BxLxD, output_key).astype(self.dtype)
+        return self.output(self.intermediate(x_BxLxD, output_key), x_BxLxD, output_key).astype(self.dtype)
 
 
 class Encoder(nnx.Module):
@@ -199,8 +202,8 @@ class Pooler(nnx.Module):
         init = nnx.initializers.normal(config.initializer_range)
         self.dense = Linear(config.hidden_size, config.hidden_size, init, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BxSxD: jax.Array) -> jax.Array:
-        return jnp.tanh(self.dense(x_BxSxD))
+    def __call__(self, x_BxSxD: jax.Array, key: jax.Array | None) -> jax.Array:
+        return jnp.tanh(self.dense(x_BxSxD, key))
 
 
 class Bert(nnx.Module):
@@ -333,7 +336,7 @@ class BertForSequenceClassification(_Classifier):
         x_BxLxD = self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
         split_rows = self.bert.compute.split_rows
         first_BxSxD = split_rows(jnp.take_along_axis(x_BxLxD, first_BxS[:, :, None], axis=1))
-        return split_rows(self.bert.pooler(first_BxSxD))
+        return split_rows(self.bert.pooler(first_BxSxD, bert_key))
 
 
 class BertForTokenClassification(_Classifier):

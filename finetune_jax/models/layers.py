@@ -124,7 +124,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(make_bias(rngs.params(), (d_out,), jnp.float32))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """The key is for layers that take this one's place and drop something."""
         y = jnp.dot(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y + _as_rank(self.bias[...].astype(self.dtype), y.ndim)
 
@@ -182,7 +183,11 @@ class Conv(nnx.Module):
         self.size, self.stride, self.dtype = size, stride, dtype
 
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
-        x_BxHxWxC, kernel = x_BxHxWxC.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return self.convolve(x_BxHxWxC, self.kernel[...])
+
+    def convolve(self, x_BxHxWxC: jax.Array, kernel: jax.Array) -> jax.Array:
+        """With any kernel [size, size, in, out]."""
+        x_BxHxWxC, kernel = x_BxHxWxC.astype(self.dtype), kernel.astype(self.dtype)
         around = self.size // 2
         # On small maps the outer taps of a kernel see padding only (eight of nine where the map is one pixel).
         rows = _useful_taps(x_BxHxWxC.shape[1], self.size, self.stride)

@@ -41,6 +41,9 @@ DECAY: tuple[tuple[str, bool], ...] = (
 HEAD = r"classifier/(kernel|bias)"
 """Parameters of the task, which another task's checkpoint cannot give."""
 
+STEM, BLOCK = r"resnet/embedder/.*", r"resnet/encoder/stages/(\d+)/layers/(\d+)/.*"
+"""Parameters before the first block, and within one; the groups are the numbers of its stage and in it."""
+
 _KAIMING = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 _BOTTLENECK_REDUCTION = 4
 

@@ -1,0 +1,1 @@
+"""Which parameters there are, which are trained, and how fast each moves."""
