@@ -36,6 +36,8 @@ class TaskConfig:
     """Head, loss, metrics and decoding: one of the files in tasks/."""
     label_smoothing: float = 0.0
     """Mass in [0, 1) moved from the true class to all classes evenly."""
+    focal_gamma: float = 0.0
+    """Focal loss: what is predicted with probability p counts (1 - p)^gamma; 0 counts all alike."""
     class_weights: Literal["none", "auto"] | dict[str, float] = "none"
     """Weight of a class in the loss: none (1 for all), auto (inverse frequency in train, mean 1 over examples), or NAME WEIGHT pairs for every label."""
     label_pieces: Literal["first", "all"] = "first"
@@ -100,6 +102,26 @@ class PeftConfig:
     """LoRA: by alpha / sqrt(rank) instead."""
     dropout: float = 0.0
     """LoRA: share of the product's input that is dropped in training (dense layers)."""
+
+
+@dataclass(frozen=True)
+class MethodsConfig:
+    """What is minimised, around the task's loss."""
+
+    __pydantic_config__ = STRICT
+
+    r_drop: float = 0.0
+    """R-Drop: weight alpha of the divergence between two passes with different dropout; each step runs both."""
+    ema: float | None = None
+    """Decay, below 1, of a moving average of all that is trained: evaluation, prediction and export use it instead of the last weights. It begins with a shorter memory: (1 + step) / (10 + step) at most."""
+    adversarial: Literal["none", "fgm", "pgd", "freelb"] = "none"
+    """Also learn from examples that are moved uphill: fgm by one step from where they are (images: FGSM); pgd by several from a random point; freelb (text) at each of several steps, and nowhere else."""
+    radius: float = 1.0
+    """Adversarial: how far an example may be moved. Text: L2 norm over the word vectors of an example. Images: of a pixel value, in levels of 255."""
+    ascent_steps: int = 3
+    """pgd, freelb: steps uphill. Each is a forward and a backward pass."""
+    ascent_rate: float | None = None
+    """pgd, freelb: length of a step, in the measure of the radius; None: 2.5 * radius / ascent_steps."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +313,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
+    methods: MethodsConfig = field(default_factory=MethodsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -418,6 +441,7 @@ def validate(config: Config) -> Config:
         ("data.image.size", config.data.image.size, 1),
         ("optim.warmup-steps", config.optim.warmup_steps, 0),
         ("peft.rank", config.peft.rank, 1),
+        ("methods.ascent-steps", config.methods.ascent_steps, 1),
         ("optim.unfreeze-every", config.optim.unfreeze_every, 1),
         ("mesh.smallest-split", config.mesh.smallest_split, 0),
         ("seed", config.seed, 0),
@@ -431,6 +455,8 @@ def validate(config: Config) -> Config:
         ("optim.layer-decay", config.optim.layer_decay, 0.001, 1.0),
         *((f"optim.rates {regex}", rate, 1e-6, 1e6) for regex, rate in config.optim.rates.items()),
         ("peft.dropout", config.peft.dropout, 0.0, 0.999),
+        ("methods.r-drop", config.methods.r_drop, 0.0, 1e4),
+        ("task.focal-gamma", config.task.focal_gamma, 0.0, 20.0),
         ("optim.momentum", config.optim.momentum, 0.0, 0.9999),
         ("optim.beta1", config.optim.beta1, 0.0, 0.999999),
         ("optim.beta2", config.optim.beta2, 0.0, 0.999999),
@@ -447,6 +473,8 @@ def validate(config: Config) -> Config:
         ("checkpoint.grace-seconds", config.checkpoint.grace_seconds),
         ("optim.eps", config.optim.eps),
         ("peft.alpha", config.peft.alpha),
+        ("methods.radius", config.methods.radius),
+        ("methods.ascent-rate", config.methods.ascent_rate),
     ):
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{path} is {value}, must be above 0")
@@ -456,6 +484,27 @@ def validate(config: Config) -> Config:
         raise UserError("model.scan-layers is for family bert: the blocks of a resnet differ in shape")
     if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
         raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
+    methods = config.methods
+    if methods.r_drop and methods.adversarial != "none":
+        raise UserError(
+            f"methods.r-drop {methods.r_drop:g} and methods.adversarial {methods.adversarial} exclude each other; leave one of them out"
+        )
+    if methods.r_drop and config.model.family == "resnet":
+        raise UserError("methods.r-drop compares two passes with different dropout; a resnet has none")
+    if methods.adversarial == "freelb" and config.model.family == "resnet":
+        raise UserError("methods.adversarial freelb is for text; take fgm or pgd for images")
+    if methods.ema is not None and not 0 <= methods.ema < 1:
+        raise UserError(f"methods.ema is {methods.ema}, must be from 0 to below 1")
+    if methods.adversarial == "none" and methods != MethodsConfig(methods.r_drop, methods.ema):
+        raise UserError(
+            "methods.adversarial is none, its other fields are set; name a method, or leave them out"
+        )
+    if config.task.focal_gamma and config.task.name == "sequence_regression":
+        raise UserError("task.focal-gamma is for classes; a sequence_regression has none")
+    if config.model.cache_features and (methods.r_drop or methods.adversarial != "none"):
+        raise UserError(
+            "model.cache-features runs the model once, the methods of methods. run it every step; leave one of them out"
+        )
     if config.peft.method == "none" and config.peft != PeftConfig():
         raise UserError("peft.method is none, other fields of peft are set; name a method, or leave them out")
     if (

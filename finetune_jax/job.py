@@ -20,7 +20,16 @@ from jax.sharding import Mesh, NamedSharding
 from finetune_jax import storage
 from finetune_jax.checkpoint import DIRECTORY, Checkpoints
 from finetune_jax.compiling import use_cache
-from finetune_jax.config import Config, DataConfig, MeshConfig, ModelConfig, PeftConfig, load_saved, nearest
+from finetune_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    MethodsConfig,
+    ModelConfig,
+    PeftConfig,
+    load_saved,
+    nearest,
+)
 from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.sources import Source, cache_root, load_source
 from finetune_jax.data.text import load_tokenizer
@@ -29,6 +38,8 @@ from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES as PRETRAINED
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.kernels import PLATFORMS, attention_kernel
+from finetune_jax.methods.objective import Adversarial, FreeLB, Objective, Plain, RDrop
+from finetune_jax.methods.perturbation import Perturbation, PixelOffsets, WordOffsets
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
@@ -44,6 +55,7 @@ MODEL_DIRECTORY = "model"
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 NO_PEFT = PeftConfig()
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -220,6 +232,7 @@ def task_from_config(
         values |= {"augmentation": config.data.image.augment, "batch_norm": config.model.batch_norm}
     if labels is not None:
         values["label_smoothing"] = config.task.label_smoothing
+        values["focal_gamma"] = config.task.focal_gamma
     if config.task.name == "token_classification":
         values["all_pieces"] = config.task.label_pieces == "all"
     return TASKS[config.task.name](**values)
@@ -259,6 +272,10 @@ class Updates:
     """How fast each trained parameter moves."""
     schedule: optax.Schedule
     optimizer: optax.GradientTransformationExtraArgs
+    objective: Objective
+    """What it minimises."""
+    ema: float | None
+    """Decay of the moving averages of what it moves."""
 
 
 def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
@@ -277,7 +294,38 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     pace = paces(depth, optim.layer_decay, optim.rates, optim.unfreeze_every)
     schedule = make_schedule(config.optim, total_steps)
     decay = lookup((*install.DECAY, *family.DECAY), trained, "weight-decay rule")
-    return Updates(is_frozen, pace, schedule, make_optimizer(optim, schedule, decay, pace))
+    optimizer = make_optimizer(optim, schedule, decay, pace)
+    return Updates(
+        is_frozen, pace, schedule, optimizer, make_objective(config.methods, job), config.methods.ema
+    )
+
+
+def make_objective(config: MethodsConfig, job: Job) -> Objective:
+    """What the recipe says of the loss around the task's.
+
+    Raises:
+        UserError: Nothing differs between two passes that are to agree.
+    """
+    if config.r_drop:
+        rates = [getattr(job.model_config, name, 0.0) or 0.0 for name in DROPOUTS]
+        if not any(rates) and not job.peft.dropout:
+            raise UserError(
+                f"methods.r-drop compares two passes with different dropout, and {', '.join(DROPOUTS)} are 0; set one with"
+                " --model.hf-config"
+            )
+        return RDrop(job.task, config.r_drop)
+    if config.adversarial == "none":
+        return Plain(job.task)
+    steps = 1 if config.adversarial == "fgm" else config.ascent_steps
+    rate = config.radius if steps == 1 else config.ascent_rate or 2.5 * config.radius / steps
+    if job.family == "resnet":
+        ball: Perturbation = PixelOffsets(config.radius / 255, rate / 255)
+    else:
+        width = job.parts.abstract["bert/embeddings/word_embeddings/embedding"].shape[1]
+        ball = WordOffsets(width, config.radius, rate)
+    if config.adversarial == "freelb":
+        return FreeLB(job.task, ball, steps)
+    return Adversarial(job.task, ball, steps, random_start=config.adversarial == "pgd")
 
 
 def cached_width(config: Config, job: Job, updates: Updates) -> int:

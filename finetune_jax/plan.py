@@ -267,10 +267,23 @@ class Subject:
                 "model.cache-features: the step of a run with kept features is too small to plan; without it plan shows"
                 " what computing them takes"
             )
-        state = abstract_state(job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh)
+        state = abstract_state(
+            job.parts,
+            job.shardings,
+            updates.is_frozen,
+            updates.optimizer,
+            job.mesh,
+            averaged=updates.ema is not None,
+        )
         batch = abstract_batch(batches.blank(batches.shape.length), batches.rows, job.mesh)
         step = make_train_step(
-            job.task, job.parts, updates.optimizer, updates.schedule, config.train.accumulation
+            job.task,
+            job.parts,
+            updates.optimizer,
+            updates.schedule,
+            config.train.accumulation,
+            updates.objective,
+            updates.ema,
         )
         lowered = lower_train_step(step, state, batch, job.mesh)
         return Lowered(job, batches, steps, state, batch, lowered, self._minimum(job, updates, batches))
@@ -530,7 +543,8 @@ def program_of(found: dict[str, Any]) -> Program | None:
 
 def _memory(sizes: dict[str, int], state: TrainState, batch: Any, capacity: int) -> Memory:
     """The compiler's total, shared out: what lies in arguments by its shapes, the rest as said in `Memory`."""
-    weights, moments, rows = (bytes_a_device(tree)[1] for tree in (state.weights, state.opt_state, batch))
+    held = ([state.weights, state.averages], state.opt_state, batch)
+    weights, moments, rows = (bytes_a_device(tree)[1] for tree in held)
     gradients = min(bytes_a_device(state.params)[1], sizes["temp"])
     fresh = sizes["output"] - sizes["alias"]
     return Memory(

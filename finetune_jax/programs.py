@@ -49,7 +49,15 @@ class Programs:
         self._cached = {n: split for n, split in examples.items() if isinstance(split, CachedFeatures)}
         self._backbones = {n: forward_of(split.examples, split.width) for n, split in self._cached.items()}
         accumulation = config.train.accumulation
-        update = make_train_step(job.task, job.parts, updates.optimizer, updates.schedule, accumulation)
+        update = make_train_step(
+            job.task,
+            job.parts,
+            updates.optimizer,
+            updates.schedule,
+            accumulation,
+            updates.objective,
+            updates.ema,
+        )
         lowered: dict[tuple[Any, ...], Any] = {}
         for length in batches.lengths:
             batch = abstract_batch(batches.blank(length), batches.rows, mesh)

@@ -37,11 +37,18 @@ class TrainState:
     """int32 []: updates so far that were not finite and changed nothing."""
     skipped_in_a_row: Any
     """int32 []: of them, the last ones."""
+    averages: Flat = dataclasses.field(default_factory=dict)
+    """Moving averages of `params` and `model_state`, by path; empty where none are kept."""
 
     @property
     def weights(self) -> Flat:
-        """Everything the model is merged from."""
+        """Everything the model is merged from in training."""
         return {**self.params, **self.frozen, **self.model_state}
+
+    @property
+    def served(self) -> Flat:
+        """Everything it is merged from for evaluation, prediction and export."""
+        return {**self.weights, **self.averages}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +100,8 @@ def create_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     seed: int,
+    *,
+    averaged: bool = False,
 ) -> TrainState:
     """A state before the first update. Weights are in place before the optimizer's state is made from them."""
     params = {p: w for p, w in weights.items() if p not in statistics and not is_frozen[p]}
@@ -100,13 +109,20 @@ def create_state(
     places = shard_like_params(abstract, params, shardings, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
     everywhere = replicated(mesh)
+    model_state = {p: w for p, w in weights.items() if p in statistics}
+    moving = {**params, **model_state} if averaged else {}
+    # Buffers of their own: an update takes those of the parameters.
+    averages = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings={p: shardings[p] for p in moving})(
+        moving
+    )
     zero = [jax.device_put(jnp.zeros((), jnp.int32), everywhere) for _ in range(3)]
     return TrainState(
         step=zero[0],
         params=params,
         frozen={p: w for p, w in weights.items() if p not in statistics and is_frozen[p]},
-        model_state={p: w for p, w in weights.items() if p in statistics},
+        model_state=model_state,
         opt_state=opt_state,
+        averages=averages,
         key=jax.device_put(jax.random.key_data(jax.random.key(seed)), everywhere),
         skipped=zero[1],
         skipped_in_a_row=zero[2],
@@ -119,6 +135,8 @@ def abstract_state(
     is_frozen: Mapping[str, bool],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    *,
+    averaged: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and places of what `create_state` makes, on devices that need not be here."""
 
@@ -129,12 +147,14 @@ def abstract_state(
     params = {p: w for p, w in weights.items() if p not in parts.statistics and not is_frozen[p]}
     opt_state = jax.eval_shape(optimizer.init, params)
     places = shard_like_params(opt_state, params, dict(shardings), mesh)
+    model_state = {p: w for p, w in weights.items() if p in parts.statistics}
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return TrainState(
         step=count,
         params=params,
         frozen={p: w for p, w in weights.items() if p not in parts.statistics and is_frozen[p]},
-        model_state={p: w for p, w in weights.items() if p in parts.statistics},
+        model_state=model_state,
+        averages={**params, **model_state} if averaged else {},
         opt_state=jax.tree.map(placed, opt_state, places),
         key=placed(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), replicated(mesh)),
         skipped=count,

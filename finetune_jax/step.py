@@ -9,9 +9,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from finetune_jax.methods.objective import Objective
 from finetune_jax.sharding import batch_sharding, replicated
 from finetune_jax.state import ModelParts, TrainState
 from finetune_jax.tasks import Task
+from finetune_jax.tasks.base import OFFSET
 from finetune_jax.tree import Flat, flatten, unflatten
 
 DeviceBatch = Mapping[str, jax.Array]
@@ -24,20 +26,31 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     accumulation: int,
+    objective: Objective,
+    ema: float | None = None,
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, StepSums]]:
     """One update: gradients of the loss sum over all micro-batches, divided by the weight of the whole batch.
 
     Exact for ragged batches: k micro-batches give the gradient of one batch, whatever their weights. (BatchNorm in
     train mode sees one micro-batch at a time, as its definition has it.)
 
+    The objective says what is minimised, `ema` the decay of the averages, where the state keeps some.
+
     A loss or a gradient that is not finite changes nothing but the counters: parameters, optimizer and running averages
     keep their bits.
     """
 
     def loss(params: Flat, others: Flat, statistics: Flat, batch: DeviceBatch, key: jax.Array):
-        model = nnx.merge(parts.graphdef, unflatten({**params, **others, **statistics}), copy=True)
-        total, weight = task.loss(task.logits(model, batch, key), batch)
-        return total, (weight, flatten(nnx.state(model, nnx.BatchStat)))
+        def run(
+            key: jax.Array, offset: jax.Array | None = None, *, still: bool = False
+        ) -> tuple[jax.Array, Flat]:
+            own = jax.lax.stop_gradient(params) if still else params
+            model = nnx.merge(parts.graphdef, unflatten({**own, **others, **statistics}), copy=True)
+            logits = task.logits(model, batch if offset is None else {**batch, OFFSET: offset}, key)
+            return logits, flatten(nnx.state(model, nnx.BatchStat))
+
+        total, weight, new_statistics = objective(run, batch, key)
+        return total, (weight, new_statistics)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -68,11 +81,23 @@ def make_train_step(
         def unless_skipped(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+        params = unless_skipped(optax.apply_updates(state.params, updates), state.params)  # pyright: ignore[reportArgumentType]
+        statistics = unless_skipped(statistics, state.model_state)
+        averages = state.averages
+        if ema is not None:
+            done = (state.step - state.skipped).astype(jnp.float32)
+            # The first steps would else stay in the average for long (TensorFlow's ExponentialMovingAverage, num_updates).
+            decay = jnp.minimum(ema, (1.0 + done) / (10.0 + done))
+            moved = jax.tree.map(
+                lambda a, w: decay * a + (1.0 - decay) * w, averages, {**params, **statistics}
+            )
+            averages = unless_skipped(moved, averages)
         new = TrainState(
             step=state.step + 1,
-            params=unless_skipped(optax.apply_updates(state.params, updates), state.params),  # pyright: ignore[reportArgumentType]
+            params=params,
             frozen=state.frozen,
-            model_state=unless_skipped(statistics, state.model_state),
+            model_state=statistics,
+            averages=averages,
             opt_state=opt_state,
             key=state.key,
             skipped=skipped,

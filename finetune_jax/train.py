@@ -164,7 +164,14 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     if width := cached_width(config, job, updates):
         inputs = {split: CachedFeatures(features, width) for split, features in examples.items()}
         batches.examples = inputs["train"]
-    state = abstract_state(job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh)
+    state = abstract_state(
+        job.parts,
+        job.shardings,
+        updates.is_frozen,
+        updates.optimizer,
+        job.mesh,
+        averaged=updates.ema is not None,
+    )
     loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
     return Setup(
         config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note
@@ -183,6 +190,7 @@ def first_state(setup: Setup) -> TrainState:
         updates.optimizer,
         job.mesh,
         seed,
+        averaged=updates.ema is not None,
     )
 
 
@@ -328,7 +336,7 @@ def finish(
 ) -> dict[str, Any]:
     """The result: the best checkpoint on validation and test, and result.json."""
     step = int(state.step)
-    best, weights = progress.best_step or step, state.weights
+    best, weights = progress.best_step or step, state.served
     if best != step:
         try:
             weights = saver.checkpoints.restore_weights(jax.tree.map(abstract_leaf, weights), best)
@@ -399,7 +407,7 @@ class Validation:
                 self._forward,
                 setup.job,
                 setup.examples["validation"],
-                state.weights,
+                state.served,
                 stop,
             )
         except Interrupted:
@@ -549,9 +557,11 @@ def placement_summary(job: Job, state: TrainState) -> list[str]:
     lines = [f"mesh {dict(job.mesh.shape)} on {len(devices)} {devices[0].device_kind} device(s)"]
     if len(devices) == 1:
         return lines
-    held = {"weights": state.weights, "optimizer state": state.opt_state}
+    held = {"weights": state.weights, "optimizer state": state.opt_state, "averages": state.averages}
     texts = []
     for name, tree in held.items():
+        if not tree:
+            continue
         whole, part = bytes_a_device(tree)
         texts.append(f"{part / 1e6:,.1f} of {whole / 1e6:,.1f} MB of {name}")
     lines.append(f"a device holds {' and '.join(texts)}")

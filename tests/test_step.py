@@ -13,7 +13,7 @@ from flax import nnx
 from finetune_jax.data.pipeline import Batches, evaluation_shape, train_shape
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward, evaluate
-from finetune_jax.job import job_from_config, open_source
+from finetune_jax.job import job_from_config, make_objective, open_source
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.sharding import place_rows
 from finetune_jax.state import create_state, initial_weights
@@ -35,7 +35,8 @@ def setup(config, accumulation=1):
     schedule = make_schedule(config.optim, 10)
     optimizer = make_optimizer(config.optim, schedule, {p: p.endswith("kernel") for p in frozen}, {})
     state = create_state(weights, places, job.parts.statistics, frozen, optimizer, job.mesh, 0)
-    step = jax.jit(make_train_step(job.task, job.parts, optimizer, schedule, accumulation))
+    objective = make_objective(config.methods, job)
+    step = jax.jit(make_train_step(job.task, job.parts, optimizer, schedule, accumulation, objective))
     return job, examples, state, step
 
 

@@ -86,7 +86,11 @@ class Embeddings(nnx.Module):
         self.LayerNorm = LayerNorm(width, config.layer_norm_eps)
 
     def __call__(
-        self, input_ids_BxL: jax.Array, token_type_ids_BxL: jax.Array, position_ids_BxL: jax.Array
+        self,
+        input_ids_BxL: jax.Array,
+        token_type_ids_BxL: jax.Array,
+        position_ids_BxL: jax.Array,
+        offset_BxLxD: jax.Array | None = None,
     ) -> jax.Array:
         words_BxLxD, types_BxLxD, positions_BxLxD = (
             self.split_rows(table(ids_BxL))
@@ -96,6 +100,8 @@ class Embeddings(nnx.Module):
                 (self.position_embeddings, position_ids_BxL),
             )
         )
+        if offset_BxLxD is not None:
+            words_BxLxD = words_BxLxD + offset_BxLxD
         return self.LayerNorm(words_BxLxD + types_BxLxD + positions_BxLxD)
 
 
@@ -224,9 +230,10 @@ class Bert(nnx.Module):
         position_ids_BxL: jax.Array,
         segment_ids_BxL: jax.Array,
         key: jax.Array | None,
+        offset_BxLxD: jax.Array | None = None,
     ) -> jax.Array:
         embeddings_key, encoder_key = _split(key, 2)
-        x_BxLxD = self.embeddings(input_ids_BxL, token_type_ids_BxL, position_ids_BxL)
+        x_BxLxD = self.embeddings(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, offset_BxLxD)
         x_BxLxD = dropout(x_BxLxD, self.dropout_rate, embeddings_key).astype(self.compute.dtype)
         return self._through_layers(x_BxLxD, segment_ids_BxL, encoder_key)
 
@@ -330,10 +337,13 @@ class BertForSequenceClassification(_Classifier):
         first_BxS: jax.Array,
         *,
         dropout_key: jax.Array | None = None,
+        offset_BxLxD: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head reads, BxSxD: the pooler's output for each segment."""
+        """What the head reads, BxSxD: the pooler's output for each segment; the offset is added to the word vectors."""
         bert_key, _ = _split(dropout_key, 2)
-        x_BxLxD = self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
+        x_BxLxD = self.bert(
+            input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key, offset_BxLxD
+        )
         split_rows = self.bert.compute.split_rows
         first_BxSxD = split_rows(jnp.take_along_axis(x_BxLxD, first_BxS[:, :, None], axis=1))
         return split_rows(self.bert.pooler(first_BxSxD, bert_key))
@@ -368,10 +378,13 @@ class BertForTokenClassification(_Classifier):
         segment_ids_BxL: jax.Array,
         *,
         dropout_key: jax.Array | None = None,
+        offset_BxLxD: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head reads, BxLxD: the encoder's output."""
+        """What the head reads, BxLxD: the encoder's output; the offset is added to the word vectors."""
         bert_key, _ = _split(dropout_key, 2)
-        return self.bert(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key)
+        return self.bert(
+            input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key, offset_BxLxD
+        )
 
 
 def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:

@@ -15,6 +15,8 @@ from finetune_jax.data.pipeline import Examples
 from finetune_jax.errors import UserError
 
 LossSums = tuple[jax.Array, jax.Array]
+OFFSET = "offset"
+"""Key of what a batch may hold besides: an array that is added to what the first layer reads (methods/perturbation.py)."""
 
 
 class Records(Protocol):
@@ -79,6 +81,10 @@ class Task(abc.ABC):
         """(sum of weighted losses, sum of weights) over the batch, float32."""
 
     @abc.abstractmethod
+    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """How far two logits of a batch are apart, summed over what has a label; 0 where they are equal."""
+
+    @abc.abstractmethod
     def metrics(self, logits: np.ndarray, examples: Any) -> tuple[dict[str, Any], str]:
         """Exact metrics of a whole split, and a report to print. `logits` has a row a segment or a piece."""
 
@@ -108,12 +114,24 @@ class ClassTask(Task):
     labels: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
 
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
         """Cross-entropy over what has a label: a segment, a piece or an image."""
         return cross_entropy(
-            logits, batch["labels"], batch["weights"], self.class_weights, self.label_smoothing
+            logits,
+            batch["labels"],
+            batch["weights"],
+            self.class_weights,
+            self.label_smoothing,
+            self.focal_gamma,
         )
+
+    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """KL divergence of the first from the second plus the other way round: sum of (p - q) (log p - log q)."""
+        log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (one, two))
+        apart = jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
+        return jnp.sum(apart * batch["weights"])
 
     def only_class(self, logits: np.ndarray, examples: Any) -> str | None:
         """The sign of a model that has collapsed."""
@@ -140,6 +158,7 @@ def cross_entropy(
     weights: jax.Array,
     class_weights: tuple[float, ...] | None = None,
     smoothing: float = 0.0,
+    gamma: float = 0.0,
 ) -> LossSums:
     """Sums of softmax cross-entropy as torch.nn.CrossEntropyLoss defines it, with `weight` and `label_smoothing`.
 
@@ -149,6 +168,7 @@ def cross_entropy(
         weights: [...], 0 where nothing is to be learned
         class_weights: One a class; an example counts in the denominator with its true class's.
         smoothing: Mass moved to all classes evenly (Szegedy et al. 2016, section 7).
+        gamma: A class of probability p counts (1 - p)^gamma (focal loss, Lin et al. 2017, arXiv:1708.02002, eq. 4).
     """
     num_labels = logits.shape[-1]
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -161,6 +181,9 @@ def cross_entropy(
         weight = weights * per_class[labels]
     else:
         weight = weights
+    if gamma:
+        # 1 - p, without the rounding of 1 - exp(log p) where p is near 1, whose power has a steep gradient there.
+        target = target * jnp.exp(gamma * jnp.log(jnp.maximum(-jnp.expm1(log_p), 1e-12)))
     losses = -jnp.sum(target * log_p, axis=-1)
     return jnp.sum(losses * weights), jnp.sum(weight)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax import metrics
@@ -14,7 +15,7 @@ from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.pipeline import ImageExamples
 from finetune_jax.errors import UserError
 from finetune_jax.models.resnet import ResNetForImageClassification
-from finetune_jax.tasks.base import ClassTask, Records, text_field
+from finetune_jax.tasks.base import OFFSET, ClassTask, Records, text_field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,10 @@ class ImageClassification(ClassTask):
 
     def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """BxD"""
-        pixels = self.processor.normalise(batch["pixels"])
+        pixels = batch["pixels"]
+        if OFFSET in batch:  # of pixels in [0, 1]
+            pixels = pixels.astype(jnp.float32) + 255.0 * batch[OFFSET]
+        pixels = self.processor.normalise(pixels)
         update = key is not None and self.batch_norm == "train"
         return model.features(pixels, batch["weights"], update_statistics=update)
 

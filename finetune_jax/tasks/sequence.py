@@ -12,7 +12,7 @@ import numpy as np
 from finetune_jax import metrics
 from finetune_jax.data.text import TextFeatures, TextTokenizer, cached, save_tokenizer, sequence_features
 from finetune_jax.models.bert import BertForSequenceClassification
-from finetune_jax.tasks.base import ClassTask, LossSums, Records, Task, text_field
+from finetune_jax.tasks.base import OFFSET, ClassTask, LossSums, Records, Task, text_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ class SequenceTask(TextTask):
             batch["segment_ids"],
             batch["first"],
             dropout_key=key,
+            offset_BxLxD=batch.get(OFFSET),
         )
 
     def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -117,6 +118,11 @@ class SequenceRegression(SequenceTask):
         """Squared error over the segments."""
         error = logits[..., 0].astype(jnp.float32) - batch["labels"].astype(jnp.float32)
         return jnp.sum(error**2 * batch["weights"]), jnp.sum(batch["weights"])
+
+    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Squared difference of the scores."""
+        apart = one[..., 0].astype(jnp.float32) - two[..., 0].astype(jnp.float32)
+        return jnp.sum(apart**2 * batch["weights"])
 
     def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
         """Pearson, Spearman, mean squared error."""

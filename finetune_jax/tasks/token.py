@@ -12,7 +12,7 @@ from finetune_jax import metrics
 from finetune_jax.data.text import TextFeatures, token_features
 from finetune_jax.errors import UserError
 from finetune_jax.models.bert import BertForTokenClassification
-from finetune_jax.tasks.base import ClassTask, Records, softmax, text_field
+from finetune_jax.tasks.base import OFFSET, ClassTask, Records, softmax, text_field
 from finetune_jax.tasks.sequence import TextTask
 
 # A CJK character stands alone; letters and digits hold together over inner hyphens, dots, apostrophes, @ and #.
@@ -68,6 +68,7 @@ class TokenClassification(ClassTask, TextTask):
             batch["position_ids"],
             batch["segment_ids"],
             dropout_key=key,
+            offset_BxLxD=batch.get(OFFSET),
         )
 
     def classes(self, logits: np.ndarray, examples: TextFeatures) -> tuple[np.ndarray, np.ndarray]:

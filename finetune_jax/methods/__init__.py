@@ -1,0 +1,1 @@
+"""What an update minimises: the task's loss, or something around it."""

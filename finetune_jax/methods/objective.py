@@ -1,0 +1,116 @@
+"""The objective of a train step: from the forward pass in training mode to a loss.
+
+A forward pass is a `Run`: (key, offset, still) -> (logits, running averages). A key makes the dropout; the offset is added to what the
+first layer reads (perturbation.py), None adds nothing; with `still` no gradient reaches the parameters. The step differentiates
+what an objective returns, whatever it called in between, so that accumulation, sharding and resume are as ever.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+
+from finetune_jax.methods.perturbation import Perturbation
+from finetune_jax.tasks import Task
+from finetune_jax.tree import Flat
+
+DeviceBatch = Mapping[str, jax.Array]
+_SECOND, _START = (
+    1,
+    2,
+)  # what is folded into a step's key for a second dropout, and for where an ascent starts
+
+
+class Run(Protocol):
+    """A forward pass of a micro-batch."""
+
+    def __call__(
+        self, key: jax.Array, offset: jax.Array | None = None, *, still: bool = False
+    ) -> tuple[jax.Array, Flat]: ...
+
+
+class Objective(Protocol):
+    """(sum of losses, sum of weights, running averages) of a micro-batch."""
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]: ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The task's loss."""
+
+    task: Task
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]:
+        logits, statistics = run(key)
+        return *self.task.loss(logits, batch), statistics
+
+
+@dataclass(frozen=True)
+class RDrop:
+    """Two passes with different dropout, which must agree (R-Drop, Liang et al. 2021, arXiv:2106.14448, eq. 4).
+
+    Half of that equation, so that the loss stays a mean over examples: (NLL_1 + NLL_2) / 2 + alpha / 4 * (KL(1, 2) + KL(2, 1)).
+    """
+
+    task: Task
+    alpha: float
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]:
+        one, statistics = run(key)
+        two, _ = run(jax.random.fold_in(key, _SECOND))
+        (loss_one, weight), (loss_two, _) = self.task.loss(one, batch), self.task.loss(two, batch)
+        apart = self.task.divergence(one, two, batch)
+        return (loss_one + loss_two) / 2 + self.alpha / 4 * apart, weight, statistics
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """The mean of the loss, and of the loss where an ascent from the input has led.
+
+    With one step from the input itself it is FGM (Miyato et al. 2017, arXiv:1605.07725, eqs. 2 to 5) or FGSM (Goodfellow et al. 2015,
+    arXiv:1412.6572, eq. in section 5), with several from a random point PGD (Madry et al. 2018, arXiv:1706.06083, section 2.1).
+    """
+
+    task: Task
+    perturbation: Perturbation
+    steps: int
+    random_start: bool
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]:
+        logits, statistics = run(key)
+        loss, weight = self.task.loss(logits, batch)
+        start = jax.random.fold_in(key, _START) if self.random_start else None
+        offset = self.perturbation.start(batch, start)
+        for _ in range(self.steps):
+            offset = self.perturbation.ascend(offset, _uphill(self.task, run, batch, key, offset), batch)
+        attacked, _ = run(key, offset)
+        return (loss + self.task.loss(attacked, batch)[0]) / 2, weight, statistics
+
+
+@dataclass(frozen=True)
+class FreeLB:
+    """The mean of the losses at every step of an ascent (FreeLB, Zhu et al. 2020, arXiv:1909.11764, algorithm 1)."""
+
+    task: Task
+    perturbation: Perturbation
+    steps: int
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]:
+        offset = self.perturbation.start(batch, jax.random.fold_in(key, _START))
+        logits, statistics = run(key, offset)
+        total, weight = self.task.loss(logits, batch)
+        for _ in range(self.steps - 1):
+            offset = self.perturbation.ascend(offset, _uphill(self.task, run, batch, key, offset), batch)
+            total = total + self.task.loss(run(key, offset)[0], batch)[0]
+        return total / self.steps, weight, statistics
+
+
+def _uphill(task: Task, run: Run, batch: DeviceBatch, key: jax.Array, offset: jax.Array) -> jax.Array:
+    """Gradient of the loss by the offset. The forward pass is the one whose loss is learned from, which XLA computes once."""
+
+    def loss(offset: jax.Array) -> jax.Array:
+        return task.loss(run(key, offset, still=True)[0], batch)[0]
+
+    return jax.lax.stop_gradient(jax.grad(loss)(jax.lax.stop_gradient(offset)))
