@@ -87,16 +87,14 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path) -> None:
     base = open_pretrained(saved.model)
     if base is None:
         raise UserError(f"{run} began with random weights, for which nobody else can use an adapter; {whole}")
-    new = [
-        path
-        for path in load_params(base, job.own_weights, replace_head=True).new
-        if not path.startswith("classifier/")
-    ]
+    family = FAMILIES[job.family]
+    new = load_params(base, job.own_weights, replace_head=True).new
+    new = [path for path in new if not re.fullmatch(family.head, path)]
     if new:
         raise UserError(f"{base.source} has no {', '.join(new)}: an adapter would lack them too; {whole}")
-    fields, tensors = adapter_files(
-        FAMILIES[job.family], jax.device_get(weights), job.peft, base.source, job.task.architecture
-    )
+    host = jax.device_get(weights)
+    fields, tensors = adapter_files(family, host, job.peft, base.source, job.task.architecture)
+    fields["revision"] = saved.model.revision
     files.save_tensors(folder, tensors, hf_format.WEIGHTS_FILE)
     (folder / hf_format.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ run keeps one in RUN/model, so that a run and an exported checkpoint are opened 
 import dataclasses
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,26 @@ def make_job(
         return made
 
     parts = split_model(build)
+    if compute.scan_layers:
+        _check_alike(parts.abstract, FAMILIES[family].BLOCK)
     rules = (*install.SHARDING, *FAMILIES[family].SHARDING)
     placements = place_params(rules, parts.abstract, mesh, config.smallest_split)
     return Job(task, family, model_config, parts, mesh, placements, peft)
+
+
+def _check_alike(paths: Iterable[str], block: str) -> None:
+    """
+    Raises:
+        UserError: Layers that are to run as one have not the same parameters.
+    """
+    layers: dict[str, set[str]] = {}
+    for path in paths:
+        if found := re.fullmatch(block, path):
+            layers.setdefault(found[1], set()).add(path[found.end(1) :])
+    if len({frozenset(names) for names in layers.values()}) > 1:
+        raise UserError(
+            "model.scan-layers needs layers that are alike, and peft.targets names some of them only; leave one of them out"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,12 +455,12 @@ def open_adapter(folder: Path) -> tuple[hf_format.Adapter, Checkpoint]:
         UserError: The model is not named or not there, or the adapter is of a kind that we do not have.
     """
     fields = files.read_json(folder / hf_format.CONFIG_FILE)
-    source = fields.get("base_model_name_or_path")
-    if not source:
+    source, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not isinstance(source, str) or not source:
         raise UserError(
             f"{folder} does not name its model; set base_model_name_or_path in {hf_format.CONFIG_FILE}"
         )
-    base = open_checkpoint(os.path.expandvars(source), fields.get("revision"))
+    base = open_checkpoint(os.path.expandvars(source), revision if isinstance(revision, str) else None)
     adapter = hf_format.read_adapter(folder, PRETRAINED[base.family])
     if (folder / CONFIG_FILE).is_file():  # we write one, for the labels and the task
         own = open_checkpoint(str(folder))

@@ -145,6 +145,7 @@ def plan_packed(order: np.ndarray, lengths: np.ndarray, shape: RowShape) -> Plan
     segments wait, when no room is left for the shortest one, or when the batches so far hold `shape.examples` each.
     O(n log rows).
     """
+    assert not len(order) or lengths.max() <= shape.length, "a segment that no row takes would wait for ever"
     placed: list[tuple[int, int, int, int]] = []
     offsets = [0]
     queue = [int(segment) for segment in order]

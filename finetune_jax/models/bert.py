@@ -5,6 +5,7 @@ Source: Devlin et al. 2018, arXiv:1810.04805; module and parameter names are tho
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -240,26 +241,40 @@ class Bert(nnx.Module):
     def _through_layers(
         self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        """All layers, in a row of copies or in a loop, with the same dropout either way."""
+        """All layers, in a row of copies or in a loop (all of them alike, then), with the same dropout either way."""
         graphdefs, weights = zip(*(nnx.split(layer) for layer in self.encoder.layer), strict=True)
 
         def run_layer(
-            x_BxLxD: jax.Array, weights: nnx.State, index: jax.Array, segment_ids_BxL: jax.Array, key: Any
+            x_BxLxD: jax.Array,
+            weights: nnx.State,
+            index: jax.Array,
+            segment_ids_BxL: jax.Array,
+            key: Any,
+            graphdef: Any,
         ) -> jax.Array:
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            x_BxLxD = nnx.merge(graphdefs[0], weights)(x_BxLxD, segment_ids_BxL, layer_key)
+            x_BxLxD = nnx.merge(graphdef, weights)(x_BxLxD, segment_ids_BxL, layer_key)
             return self.compute.split_rows(x_BxLxD)
 
-        # Under jit a layer is traced once and called; each copy would be traced for itself.
-        run = rematerialised(jax.jit(run_layer), self.compute.remat, in_scan=self.compute.scan_layers)
+        # Under jit a layer is traced once and called, if layers are alike (peft/ may change some of them only); each copy would
+        # be traced for itself.
+        runs = {
+            graphdef: rematerialised(
+                jax.jit(partial(run_layer, graphdef=graphdef)),
+                self.compute.remat,
+                in_scan=self.compute.scan_layers,
+            )
+            for graphdef in dict.fromkeys(graphdefs)
+        }
         if self.compute.scan_layers:
+            (run,) = runs.values()
 
             def scanned(x_BxLxD: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
                 return run(x_BxLxD, *layer, segment_ids_BxL, key), None
 
             return jax.lax.scan(scanned, x_BxLxD, (self._stacked(weights), jnp.arange(len(weights))))[0]
         for index, state in enumerate(weights):
-            x_BxLxD = run(x_BxLxD, state, jnp.asarray(index), segment_ids_BxL, key)
+            x_BxLxD = runs[graphdefs[index]](x_BxLxD, state, jnp.asarray(index), segment_ids_BxL, key)
         return x_BxLxD
 
     def _stacked(self, weights: Sequence[nnx.State]) -> nnx.State:

@@ -132,12 +132,23 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
     if method == "lora":
         config = dataclasses.replace(
             config,
-            rank=int(fields.get("r", 8)),
-            alpha=float(fields.get("lora_alpha", 8)),
-            dropout=float(fields.get("lora_dropout", 0.0)),
-            rslora=bool(fields.get("use_rslora", False)),
+            rank=_number(fields, "r", 8, folder),
+            alpha=float(_number(fields, "lora_alpha", 8, folder)),
+            dropout=float(_number(fields, "lora_dropout", 0.0, folder)),
+            rslora=fields.get("use_rslora") is True,
         )
     return Adapter(config, fields.get("base_model_name_or_path"), params)
+
+
+def _number(fields: Mapping[str, Any], name: str, default: Any, folder: Path) -> Any:
+    """
+    Raises:
+        UserError: The field is none, or below 0.
+    """
+    value, kind = fields.get(name, default), int if name == "r" else int | float
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < 1e9:
+        raise UserError(f"{folder}: {name} {value!r} is not a number such as {default}")
+    return value
 
 
 def _exactly(layers: Iterable[str]) -> tuple[str, ...]:
@@ -177,6 +188,8 @@ def _ours(family: Family, key: str, value: np.ndarray, folder: Path) -> tuple[st
         if row is None:
             continue
         layer = row[0].rpartition("/")[0]
+        if value.ndim not in (2, 4):
+            raise UserError(f"{folder}: {PREFIX}{key} is {list(value.shape)}, must have 2 or 4 dimensions")
         if name == "ia3":
             return f"{layer}/ia3", value.reshape(-1)
         transform: Transform = CONV if value.ndim == 4 else LINEAR

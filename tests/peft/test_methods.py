@@ -38,6 +38,7 @@ METHODS = {
     "rslora, everywhere, dropout": PeftConfig(
         "lora", (r"dense$|self/",), rank=4, alpha=8.0, rslora=True, dropout=0.3
     ),
+    "one layer": PeftConfig("lora", (r"layer/1/.*query$",), rank=2, alpha=4.0),
     "ia3": PeftConfig("ia3"),
 }
 AUTO = {"text": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
@@ -295,6 +296,8 @@ def test_we_open_what_peft_writes(kind, config, base, tmp_path):
         ({"use_dora": True}, "use_dora true is not supported, only false"),
         ({"peft_type": "OFT"}, "peft_type 'OFT' is not among LORA, IA3"),
         ({"base_model_name_or_path": None}, "does not name its model; set base_model_name_or_path"),
+        ({"r": "eight"}, "r 'eight' is not a number such as 8"),
+        ({"lora_alpha": None}, "lora_alpha None is not a number such as 8"),
         ({"bias": "all"}, 'bias "all" is not supported, only "none"'),
     ],
 )
@@ -332,6 +335,7 @@ def test_an_adapter_for_another_model_is_said(runs, tmp_path):
         ("text", {"peft": {"method": "lora", "targets": ["qery"]}}, "peft.targets: regex 'qery' matches no layer; the nearest are"),
         ("image", {"peft": {"method": "ia3"}, "model": {"batch_norm": "frozen"}}, "peft.method ia3 is not for family resnet; it has lora"),
         ("image", {"peft": {"method": "lora"}}, "peft.method lora leaves the running averages to the adapter's model; set model.batch-norm frozen"),
+        ("text", {"peft": {"method": "lora", "targets": ["layer/1/.*query$"]}, "model": {"scan_layers": True}}, "model.scan-layers needs layers that are alike"),
         ("text", {"peft": {"rank": 4}}, "peft.method is none, other fields of peft are set"),
         ("text", {"peft": {"method": "ia3"}, "model": {"train": "head"}}, "model.train head would leave peft.method ia3 untrained"),
         ("text", {"peft": {"method": "lora", "dropout": 1.0}}, "peft.dropout is 1.0, must be from 0 to 0.999"),
