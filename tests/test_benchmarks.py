@@ -191,6 +191,16 @@ def test_a_step_and_its_parts():
 
 
 @pytest.mark.slow
+def test_convolutions():
+    (line,) = [
+        line
+        for line in run("convolutions.py", "--cases", "tiny", "--calls", 1).splitlines()
+        if "tiny" in line
+    ]
+    assert len(line.split("|")) == 8
+
+
+@pytest.mark.slow
 def test_a_step_of_images_agrees_with_torchs_and_is_written(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- images -->\n<!-- end -->\n", encoding="utf-8")
