@@ -136,9 +136,7 @@ def ours(case: str, weights: Path) -> Callable[[], float]:
         job.mesh,
         0,
     )
-    step = make_train_step(
-        job.task, job.parts, updates.optimizer, updates.schedule, 1, updates.objective, updates.ema
-    )
+    step = make_train_step(job.task, job.parts, updates, 1)
     rows = {"pixels": pixels, "labels": labels.astype(np.int32), "weights": np.ones(len(labels), np.float32)}
     batch = jax.device_put(rows, jax.sharding.NamedSharding(job.mesh, jax.sharding.PartitionSpec()))
     program = None

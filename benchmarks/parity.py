@@ -33,7 +33,7 @@ def losses_here(run: Run, scratch: Path) -> list[float]:
     state, losses = first_state(setup), []
     head = jnp.asarray(checked_head(*state.params["classifier/kernel"].shape))
     state.params["classifier/kernel"] = jax.device_put(head, job.shardings["classifier/kernel"])
-    update = jax.jit(make_train_step(job.task, job.parts, updates.optimizer, updates.schedule, 1))
+    update = jax.jit(make_train_step(job.task, job.parts, updates, 1))
     for batch in device_batches(batches, job.mesh, 0, config.data.threads):
         state, sums = update(state, batch)
         total, weight = jax.device_get(sums["loss"])

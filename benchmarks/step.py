@@ -65,15 +65,7 @@ class Side:
         setup = prepare(parse(words).overrides, jax.devices()[:1])  # pyright: ignore[reportAttributeAccessIssue]
         job, batches, updates = setup.job, setup.batches, setup.updates
         accumulation = setup.config.train.accumulation
-        step = make_train_step(
-            job.task,
-            job.parts,
-            updates.optimizer,
-            updates.schedule,
-            accumulation,
-            updates.objective,
-            updates.ema,
-        )
+        step = make_train_step(job.task, job.parts, updates, accumulation)
         self.state, self.seconds = first_state(setup), []
         self.programs = {}
         since = time.perf_counter()

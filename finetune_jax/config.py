@@ -62,6 +62,8 @@ class ModelConfig:
     """Folder or vocab.txt of the tokenizer; None takes the checkpoint's."""
     replace_head: bool = False
     """Start a new head although the checkpoint has one, as when its labels are not the data's."""
+    reinit_layers: int = 0
+    """Start so many of the last layers (BERT, and the pooler) or blocks (ResNet) from random weights although the checkpoint has them."""
     train: Literal["all", "bias", "norm", "head"] = "all"
     """Which parameters of the model get a gradient, besides the head: all (with a peft.method: none); biases only (BitFit); scales and biases of LayerNorm or BatchNorm only; none (a linear probe)."""
     freeze: tuple[str, ...] = ()
@@ -114,6 +116,10 @@ class MethodsConfig:
     """R-Drop: weight alpha of the divergence between two passes with different dropout; each step runs both."""
     ema: float | None = None
     """Decay, below 1, of a moving average of all that is trained: evaluation, prediction and export use it instead of the last weights. It begins with a shorter memory: (1 + step) / (10 + step) at most."""
+    neftune: float = 0.0
+    """NEFTune (text): word vectors get uniform noise up to neftune / sqrt(numbers of the example)."""
+    sam: float = 0.0
+    """Sharpness-aware minimisation: rho, how far uphill in the parameters the gradient is taken; each step runs twice."""
     adversarial: Literal["none", "fgm", "pgd", "freelb"] = "none"
     """Also learn from examples that are moved uphill: fgm by one step from where they are (images: FGSM); pgd by several from a random point; freelb (text) at each of several steps, and nowhere else."""
     radius: float = 1.0
@@ -441,6 +447,7 @@ def validate(config: Config) -> Config:
         ("data.image.size", config.data.image.size, 1),
         ("optim.warmup-steps", config.optim.warmup_steps, 0),
         ("peft.rank", config.peft.rank, 1),
+        ("model.reinit-layers", config.model.reinit_layers, 0),
         ("methods.ascent-steps", config.methods.ascent_steps, 1),
         ("optim.unfreeze-every", config.optim.unfreeze_every, 1),
         ("mesh.smallest-split", config.mesh.smallest_split, 0),
@@ -456,6 +463,8 @@ def validate(config: Config) -> Config:
         *((f"optim.rates {regex}", rate, 1e-6, 1e6) for regex, rate in config.optim.rates.items()),
         ("peft.dropout", config.peft.dropout, 0.0, 0.999),
         ("methods.r-drop", config.methods.r_drop, 0.0, 1e4),
+        ("methods.neftune", config.methods.neftune, 0.0, 1e4),
+        ("methods.sam", config.methods.sam, 0.0, 1e4),
         ("task.focal-gamma", config.task.focal_gamma, 0.0, 20.0),
         ("optim.momentum", config.optim.momentum, 0.0, 0.9999),
         ("optim.beta1", config.optim.beta1, 0.0, 0.999999),
@@ -485,25 +494,32 @@ def validate(config: Config) -> Config:
     if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
         raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
     methods = config.methods
-    if methods.r_drop and methods.adversarial != "none":
-        raise UserError(
-            f"methods.r-drop {methods.r_drop:g} and methods.adversarial {methods.adversarial} exclude each other; leave one of them out"
-        )
+    around = {
+        "r-drop": f"{methods.r_drop:g}" if methods.r_drop else "",
+        "neftune": f"{methods.neftune:g}" if methods.neftune else "",
+        "adversarial": methods.adversarial if methods.adversarial != "none" else "",
+    }
+    chosen = [f"methods.{name} {value}" for name, value in around.items() if value]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} exclude each other; leave all but one out")
+    if methods.neftune and config.model.family == "resnet":
+        raise UserError("methods.neftune adds noise to word vectors; a resnet has none")
     if methods.r_drop and config.model.family == "resnet":
         raise UserError("methods.r-drop compares two passes with different dropout; a resnet has none")
     if methods.adversarial == "freelb" and config.model.family == "resnet":
         raise UserError("methods.adversarial freelb is for text; take fgm or pgd for images")
     if methods.ema is not None and not 0 <= methods.ema < 1:
         raise UserError(f"methods.ema is {methods.ema}, must be from 0 to below 1")
-    if methods.adversarial == "none" and methods != MethodsConfig(methods.r_drop, methods.ema):
+    unused = dataclasses.replace(methods, r_drop=0.0, ema=None, neftune=0.0, sam=0.0)
+    if methods.adversarial == "none" and unused != MethodsConfig():
         raise UserError(
             "methods.adversarial is none, its other fields are set; name a method, or leave them out"
         )
     if config.task.focal_gamma and config.task.name == "sequence_regression":
         raise UserError("task.focal-gamma is for classes; a sequence_regression has none")
-    if config.model.cache_features and (methods.r_drop or methods.adversarial != "none"):
+    if config.model.cache_features and chosen:
         raise UserError(
-            "model.cache-features runs the model once, the methods of methods. run it every step; leave one of them out"
+            f"model.cache-features runs the model once, {chosen[0]} in every step; leave one of them out"
         )
     if config.peft.method == "none" and config.peft != PeftConfig():
         raise UserError("peft.method is none, other fields of peft are set; name a method, or leave them out")

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -39,15 +38,16 @@ from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES as PRETRAINED
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.kernels import PLATFORMS, attention_kernel
-from finetune_jax.methods.objective import Adversarial, FreeLB, Objective, Plain, RDrop
+from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Objective, Plain, RDrop
 from finetune_jax.methods.perturbation import Perturbation, PixelOffsets, WordOffsets
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.peft import hf_format, install
-from finetune_jax.peft.selection import Pace, depths, frozen_parameters, paces
+from finetune_jax.peft.selection import depths, frozen_parameters, paces
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
 from finetune_jax.state import ModelParts, initial_weights, split_model
+from finetune_jax.step import Updates
 from finetune_jax.tasks import TASKS, Task
 from finetune_jax.tree import Flat, lookup
 
@@ -280,22 +280,6 @@ def _processor(config: Config, checkpoint: Checkpoint | None, channels: int) -> 
     return processor.with_size(image.size) if image.override_size else processor
 
 
-@dataclasses.dataclass(frozen=True)
-class Updates:
-    """Which parameters an update moves, and how."""
-
-    is_frozen: dict[str, bool]
-    """Of every parameter; running averages are none."""
-    paces: dict[str, Pace]
-    """How fast each trained parameter moves."""
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformationExtraArgs
-    objective: Objective
-    """What it minimises."""
-    ema: float | None
-    """Decay of the moving averages of what it moves."""
-
-
 def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     """What the recipe says of freezing, learning rate, optimizer and weight decay.
 
@@ -313,9 +297,9 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     schedule = make_schedule(config.optim, total_steps)
     decay = lookup((*install.DECAY, *family.DECAY), trained, "weight-decay rule")
     optimizer = make_optimizer(optim, schedule, decay, pace)
-    return Updates(
-        is_frozen, pace, schedule, optimizer, make_objective(config.methods, job), config.methods.ema
-    )
+    methods = config.methods
+    objective = make_objective(methods, job)
+    return Updates(is_frozen, pace, schedule, optimizer, objective, methods.ema, methods.sam)
 
 
 def make_objective(config: MethodsConfig, job: Job) -> Objective:
@@ -332,7 +316,7 @@ def make_objective(config: MethodsConfig, job: Job) -> Objective:
                 " --model.hf-config"
             )
         return RDrop(job.task, config.r_drop)
-    if config.adversarial == "none":
+    if config.adversarial == "none" and not config.neftune:
         return Plain(job.task)
     steps = 1 if config.adversarial == "fgm" else config.ascent_steps
     rate = config.radius if steps == 1 else config.ascent_rate or 2.5 * config.radius / steps
@@ -340,7 +324,9 @@ def make_objective(config: MethodsConfig, job: Job) -> Objective:
         ball: Perturbation = PixelOffsets(config.radius / 255, rate / 255)
     else:
         width = job.parts.abstract["bert/embeddings/word_embeddings/embedding"].shape[1]
-        ball = WordOffsets(width, config.radius, rate)
+        ball = WordOffsets(width, config.neftune or config.radius, rate)
+    if config.neftune:
+        return Noisy(job.task, ball)
     if config.adversarial == "freelb":
         return FreeLB(job.task, ball, steps)
     return Adversarial(job.task, ball, steps, random_start=config.adversarial == "pgd")
@@ -370,9 +356,13 @@ def cached_width(config: Config, job: Job, updates: Updates) -> int:
 
 
 def pretrained_weights(
-    job: Job, checkpoint: Checkpoint | None, replace_head: bool
+    job: Job, checkpoint: Checkpoint | None, replace_head: bool, reinit_layers: int = 0
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Weights of the checkpoint by path, and a sentence on what was and was not in it."""
+    """Weights of the checkpoint by path, and a sentence on what was and was not in it.
+
+    Raises:
+        UserError: More layers are to start anew than there are.
+    """
     if checkpoint is None:
         return {}, "all weights are random"
     loaded = load_params(checkpoint, job.own_weights, replace_head=replace_head)
@@ -381,7 +371,24 @@ def pretrained_weights(
         note += f"; new, random: {', '.join(loaded.new)}"
     if loaded.unused:
         note += f"; not used: {', '.join(loaded.unused)}"
-    return loaded.params, note
+    if not reinit_layers:
+        return loaded.params, note
+    # Zhang et al. 2021, arXiv:2006.05987, section 4: the last layers are the most specialised for what came before.
+    family = FAMILIES[job.family]
+    depth = depths(job.own_weights, family.STEM, family.BLOCK)
+    top = max(depth.values())
+    if reinit_layers > top - 1:
+        raise UserError(f"model.reinit-layers is {reinit_layers}, the model has {top - 1}; lower it")
+    kept = {
+        path: value
+        for path, value in loaded.params.items()
+        if depth[path] < top - reinit_layers or re.fullmatch(family.HEAD, path)
+    }
+    anew = len(loaded.params) - len(kept)
+    return (
+        kept,
+        f"{note}; {anew} tensors of the last {reinit_layers} layers and of the pooler start from random weights",
+    )
 
 
 def save_model_folder(job: Job, folder: Path) -> None:

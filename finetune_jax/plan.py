@@ -29,7 +29,6 @@ from finetune_jax.hlo import BETWEEN_SLICES, Collective, Program, read_program
 from finetune_jax.job import (
     FAMILIES,
     Job,
-    Updates,
     cached_width,
     check_attention,
     compute_of,
@@ -42,7 +41,14 @@ from finetune_jax.job import (
 )
 from finetune_jax.sharding import batch_parts, bytes_a_device
 from finetune_jax.state import TrainState, abstract_state
-from finetune_jax.step import abstract_batch, lower_forward, lower_train_step, make_forward, make_train_step
+from finetune_jax.step import (
+    Updates,
+    abstract_batch,
+    lower_forward,
+    lower_train_step,
+    make_forward,
+    make_train_step,
+)
 from finetune_jax.targets import Target, compiler_version, devices_of, parse_target
 from finetune_jax.tasks import Task
 
@@ -276,15 +282,7 @@ class Subject:
             averaged=updates.ema is not None,
         )
         batch = abstract_batch(batches.blank(batches.shape.length), batches.rows, job.mesh)
-        step = make_train_step(
-            job.task,
-            job.parts,
-            updates.optimizer,
-            updates.schedule,
-            config.train.accumulation,
-            updates.objective,
-            updates.ema,
-        )
+        step = make_train_step(job.task, job.parts, updates, config.train.accumulation)
         lowered = lower_train_step(step, state, batch, job.mesh)
         return Lowered(job, batches, steps, state, batch, lowered, self._minimum(job, updates, batches))
 

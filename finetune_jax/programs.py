@@ -9,9 +9,9 @@ from finetune_jax.config import Config
 from finetune_jax.data.features import CachedFeatures
 from finetune_jax.data.pipeline import Batches, Examples
 from finetune_jax.evaluate import Forward
-from finetune_jax.job import Job, Updates
+from finetune_jax.job import Job
 from finetune_jax.state import TrainState
-from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
+from finetune_jax.step import Updates, abstract_batch, lower_train_step, make_train_step
 from finetune_jax.tree import Flat
 
 
@@ -49,15 +49,7 @@ class Programs:
         self._cached = {n: split for n, split in examples.items() if isinstance(split, CachedFeatures)}
         self._backbones = {n: forward_of(split.examples, split.width) for n, split in self._cached.items()}
         accumulation = config.train.accumulation
-        update = make_train_step(
-            job.task,
-            job.parts,
-            updates.optimizer,
-            updates.schedule,
-            accumulation,
-            updates.objective,
-            updates.ema,
-        )
+        update = make_train_step(job.task, job.parts, updates, accumulation)
         lowered: dict[tuple[Any, ...], Any] = {}
         for length in batches.lengths:
             batch = abstract_batch(batches.blank(length), batches.rows, mesh)

@@ -1,5 +1,6 @@
 """The train step and the forward step: pure functions of (state, batch), compiled once, before the loop."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from finetune_jax.methods.objective import Objective
+from finetune_jax.peft.selection import Pace
 from finetune_jax.sharding import batch_sharding, replicated
 from finetune_jax.state import ModelParts, TrainState
 from finetune_jax.tasks import Task
@@ -20,21 +22,37 @@ DeviceBatch = Mapping[str, jax.Array]
 StepSums = dict[str, tuple[jax.Array, jax.Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """Which parameters an update moves, and how."""
+
+    is_frozen: dict[str, bool]
+    """Of every parameter; running averages are none."""
+    paces: dict[str, Pace]
+    """How fast each trained parameter moves."""
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformationExtraArgs
+    objective: Objective
+    """What it minimises."""
+    ema: float | None = None
+    """Decay of the moving averages of what it moves."""
+    sam: float = 0.0
+    """How far uphill in the parameters its gradient is taken."""
+
+
 def make_train_step(
     task: Task,
     parts: ModelParts,
-    optimizer: optax.GradientTransformationExtraArgs,
-    schedule: optax.Schedule,
+    updates: Updates,
     accumulation: int,
-    objective: Objective,
-    ema: float | None = None,
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, StepSums]]:
     """One update: gradients of the loss sum over all micro-batches, divided by the weight of the whole batch.
 
     Exact for ragged batches: k micro-batches give the gradient of one batch, whatever their weights. (BatchNorm in
     train mode sees one micro-batch at a time, as its definition has it.)
 
-    The objective says what is minimised, `ema` the decay of the averages, where the state keeps some.
+    With `updates.sam` the gradient is that at the parameters moved by sam * g / |g|, g the gradient of the whole batch (Foret et al.
+    2021, arXiv:2010.01412, eqs. 2 and 3); the loss and the running averages are those before.
 
     A loss or a gradient that is not finite changes nothing but the counters: parameters, optimizer and running averages
     keep their bits.
@@ -49,7 +67,7 @@ def make_train_step(
             logits = task.logits(model, batch if offset is None else {**batch, OFFSET: offset}, key)
             return logits, flatten(nnx.state(model, nnx.BatchStat))
 
-        total, weight, new_statistics = objective(run, batch, key)
+        total, weight, new_statistics = updates.objective(run, batch, key)
         return total, (weight, new_statistics)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -57,16 +75,21 @@ def make_train_step(
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepSums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         total, weight, statistics, grads = summed_gradient(gradient, state, batch, key, accumulation)
+        if updates.sam:
+            far = updates.sam / jnp.maximum(optax.tree.norm(grads), 1e-12)
+            moved = jax.tree.map(lambda w, g: w + far * g, state.params, grads)
+            uphill = dataclasses.replace(state, params=moved)
+            grads = summed_gradient(gradient, uphill, batch, key, accumulation)[3]
         whole = jnp.maximum(
             weight, 1e-12
         )  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
         norm = optax.tree.norm(grads) / whole
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
-            updates, opt_state = optimizer.update(
+            steps, opt_state = updates.optimizer.update(
                 grads, state.opt_state, state.params, weight=whole, norm=norm, finite=finite
             )
-            learning_rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
+            learning_rate = jnp.asarray(updates.schedule(state.step - state.skipped), jnp.float32)
         skipped = state.skipped + jnp.where(finite, 0, 1)
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         one = jnp.ones((), jnp.float32)
@@ -81,13 +104,13 @@ def make_train_step(
         def unless_skipped(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        params = unless_skipped(optax.apply_updates(state.params, updates), state.params)  # pyright: ignore[reportArgumentType]
+        params = unless_skipped(optax.apply_updates(state.params, steps), state.params)  # pyright: ignore[reportArgumentType]
         statistics = unless_skipped(statistics, state.model_state)
         averages = state.averages
-        if ema is not None:
+        if updates.ema is not None:
             done = (state.step - state.skipped).astype(jnp.float32)
             # The first steps would else stay in the average for long (TensorFlow's ExponentialMovingAverage, num_updates).
-            decay = jnp.minimum(ema, (1.0 + done) / (10.0 + done))
+            decay = jnp.minimum(updates.ema, (1.0 + done) / (10.0 + done))
             moved = jax.tree.map(
                 lambda a, w: decay * a + (1.0 - decay) * w, averages, {**params, **statistics}
             )

@@ -34,7 +34,6 @@ from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
 from finetune_jax.job import (
     Job,
-    Updates,
     cached_width,
     job_from_config,
     make_updates,
@@ -54,6 +53,7 @@ from finetune_jax.state import (
     parameter_counts,
     parameter_table,
 )
+from finetune_jax.step import Updates
 from finetune_jax.storage import Folder, place, write_json
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.writers import Writer, say
@@ -172,7 +172,7 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         job.mesh,
         averaged=updates.ema is not None,
     )
-    loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head)
+    loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head, config.model.reinit_layers)
     return Setup(
         config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note
     )

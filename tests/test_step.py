@@ -17,7 +17,7 @@ from finetune_jax.job import job_from_config, make_objective, open_source
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.sharding import place_rows
 from finetune_jax.state import create_state, initial_weights
-from finetune_jax.step import make_forward, make_train_step
+from finetune_jax.step import Updates, make_forward, make_train_step
 from finetune_jax.tasks.base import cross_entropy, resolve_class_weights
 from finetune_jax.tree import unflatten
 from tests import tiny
@@ -35,8 +35,9 @@ def setup(config, accumulation=1):
     schedule = make_schedule(config.optim, 10)
     optimizer = make_optimizer(config.optim, schedule, {p: p.endswith("kernel") for p in frozen}, {})
     state = create_state(weights, places, job.parts.statistics, frozen, optimizer, job.mesh, 0)
-    objective = make_objective(config.methods, job)
-    step = jax.jit(make_train_step(job.task, job.parts, optimizer, schedule, accumulation, objective))
+    methods = config.methods
+    updates = Updates(frozen, {}, schedule, optimizer, make_objective(methods, job), methods.ema, methods.sam)
+    step = jax.jit(make_train_step(job.task, job.parts, updates, accumulation))
     return job, examples, state, step
 
 

@@ -48,6 +48,18 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Noisy:
+    """The task's loss at a random point of the ball: with the ball of `WordOffsets` NEFTune (Jain et al. 2023, arXiv:2310.05914, algorithm 1)."""
+
+    task: Task
+    perturbation: Perturbation
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]:
+        logits, statistics = run(key, self.perturbation.start(batch, jax.random.fold_in(key, _START)))
+        return *self.task.loss(logits, batch), statistics
+
+
+@dataclass(frozen=True)
 class RDrop:
     """Two passes with different dropout, which must agree (R-Drop, Liang et al. 2021, arXiv:2106.14448, eq. 4).
 

@@ -11,10 +11,11 @@ import torch
 
 from finetune_jax import train as loop
 from finetune_jax.cli import main
-from finetune_jax.config import MeshConfig, MethodsConfig, to_dict
+from finetune_jax.config import MeshConfig, MethodsConfig, OptimConfig, to_dict
 from finetune_jax.job import open_model
-from finetune_jax.methods.objective import Adversarial, FreeLB, Plain, RDrop
+from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Plain, RDrop
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
+from finetune_jax.step import make_train_step
 from finetune_jax.tasks.base import cross_entropy
 from tests.tiny import assert_same_bits, config_of, rows, saved
 
@@ -26,6 +27,8 @@ METHODS = {
     "fgm": MethodsConfig(adversarial="fgm", radius=0.5),
     "pgd": MethodsConfig(adversarial="pgd", radius=0.5, ascent_steps=2),
     "freelb": MethodsConfig(adversarial="freelb", radius=0.5, ascent_steps=2),
+    "neftune": MethodsConfig(neftune=5.0),
+    "sam": MethodsConfig(sam=0.5),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
@@ -201,7 +204,8 @@ def with_method(config, name):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("text", n) for n in METHODS] + [("token", "freelb"), ("image", "fgm"), ("image", "pgd")],
+    [("text", n) for n in METHODS]
+    + [("token", "freelb"), ("image", "fgm"), ("image", "pgd"), ("image", "sam")],
 )
 def test_a_stopped_run_goes_on_bit_for_bit_and_differs_from_the_plain_one(kind, name, tmp_path):
     config = with_method(config_of(kind, tmp_path, steps=5), name)
@@ -216,7 +220,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_differs_from_the_plain_one(kind, 
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("name", ["r_drop", "freelb"])
+@pytest.mark.parametrize("name", ["r_drop", "freelb", "sam"])
 def test_any_mesh_and_micro_batches_give_the_same(name, tmp_path):
     """Without dropout or a random start nothing of it asks for the number of devices; with them keys are those of the rows."""
     config = with_method(config_of("text", tmp_path, steps=4), name)
@@ -230,8 +234,9 @@ def test_any_mesh_and_micro_batches_give_the_same(name, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("text", {"methods": {"r_drop": 1.0, "adversarial": "fgm"}}, "methods.r-drop 1 and methods.adversarial fgm exclude each other"),
+        ("text", {"methods": {"r_drop": 1.0, "adversarial": "fgm"}}, "methods.r-drop 1 and methods.adversarial fgm exclude each other; leave all but one out"),
         ("image", {"methods": {"r_drop": 1.0}}, "a resnet has none"),
+        ("image", {"methods": {"neftune": 5.0}}, "methods.neftune adds noise to word vectors"),
         ("image", {"methods": {"adversarial": "freelb"}}, "methods.adversarial freelb is for text"),
         ("text", {"methods": {"radius": 0.0, "adversarial": "pgd"}}, "methods.radius is 0.0, must be above 0"),
         ("text", {"methods": {"radius": 2.0}}, "methods.adversarial is none, its other fields are set"),
@@ -289,3 +294,46 @@ def test_averages_by_hand_and_served(kind, tmp_path):
     assert served != plain["metrics"]["test"]["loss"]
     _, weights = open_model(str(tmp_path / "whole"), step="latest")
     assert any(not np.array_equal(weights[path], raw[path]) for path in weights)
+
+
+def test_neftune_is_its_noise(problem):
+    """Uniform up to alpha / sqrt(L D), L the word pieces of the example (arXiv:2310.05914, algorithm 1)."""
+    run, batch, x, kernel = problem
+    ball, key = WordOffsets(WIDTH, 5.0, 5.0), jax.random.key(1)
+    noise = np.asarray(ball.start(batch, jax.random.fold_in(key, 2)), np.float64)
+    for row, where in examples():
+        limit = 5.0 / np.sqrt(where.sum() * WIDTH)
+        assert 0.5 * limit < np.abs(noise[row, where]).max() <= limit
+    total, _, _ = Noisy(Pieces(), ball)(run(0.0), batch, key)
+    np.testing.assert_allclose(total, loss_and_gradient(x + noise, kernel, batch)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_sam_takes_its_gradient_uphill(accumulation, tmp_path):
+    """w - lr * g(w + rho * g(w) / |g(w)|), the gradients read off plain steps of SGD, whole or in micro-batches."""
+    config = config_of("text", tmp_path, steps=1, batch_size=16)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = replace(
+        config,
+        model=replace(config.model, hf_config={**config.model.hf_config, **still}),
+        data=replace(config.data, batching="padded"),
+        optim=OptimConfig(name="sgd", learning_rate=1.0, schedule="constant", momentum=0.0, clip_norm=None),
+    )
+    setup = loop.prepare(config, jax.devices()[:1])
+
+    def step(updates, accumulation, params):
+        state = loop.first_state(setup)
+        state = replace(state, params=state.params if params is None else params)
+        with jax.numpy_dtype_promotion("standard"):
+            update = make_train_step(setup.job.task, setup.job.parts, updates, accumulation)
+            return state.params, jax.jit(update)(state, setup.batches[0])[0].params
+
+    before, after = step(setup.updates, 1, None)
+    gradient = {path: before[path] - after[path] for path in before}
+    norm = np.sqrt(sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in gradient.values()))
+    uphill, after = step(setup.updates, 1, {p: before[p] + 0.5 / norm * gradient[p] for p in before})
+    expected = {path: before[path] - (uphill[path] - after[path]) for path in before}
+    _, ours = step(replace(setup.updates, sam=0.5), accumulation, None)
+    for path in ours:
+        np.testing.assert_allclose(ours[path], expected[path], atol=3e-6, err_msg=path)
+    assert max(float(np.abs(ours[path] - (before[path] - gradient[path])).max()) for path in ours) > 1e-4

@@ -365,3 +365,21 @@ def test_an_adapter_needs_one(tmp_path):
     with pytest.raises(UserError, match="began with random weights"):
         export(tmp_path / "random", tmp_path / "out", adapter=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("text", 1), ("image", 1)])
+def test_last_layers_start_anew(kind, layers, base, tmp_path):
+    """The weights of a model that never saw the checkpoint, there and in the pooler; the checkpoint's everywhere else."""
+    config = on(config_of(kind, tmp_path), base(kind))
+    one = jax.devices()[ONE]
+    loaded = loop.first_state(loop.prepare(config, one)).weights
+    anew = replace(config, model=replace(config.model, reinit_layers=layers))
+    setup = loop.prepare(anew, one)
+    assert "start from random weights" in setup.note
+    random = loop.first_state(replace(setup, loaded={})).weights
+    last = ("bert/encoder/layer/1/", "bert/pooler/") if kind == "text" else ("resnet/encoder/stages/1/",)
+    for path, value in loop.first_state(setup).weights.items():
+        expected = random if path.startswith(last) else loaded
+        np.testing.assert_array_equal(value, expected[path], path)
+    with pytest.raises(UserError, match=r"model.reinit-layers is 3, the model has 2; lower it"):
+        loop.prepare(replace(config, model=replace(config.model, reinit_layers=3)), one)
