@@ -515,6 +515,10 @@ def validate(config: Config) -> Config:
         raise UserError(
             "methods.adversarial is none, its other fields are set; name a method, or leave them out"
         )
+    if methods.adversarial == "fgm" and (methods.ascent_steps != 3 or methods.ascent_rate is not None):
+        raise UserError(
+            "methods.adversarial fgm goes one step of methods.radius; methods.ascent-steps and methods.ascent-rate are for pgd and freelb"
+        )
     if config.task.focal_gamma and config.task.name == "sequence_regression":
         raise UserError("task.focal-gamma is for classes; a sequence_regression has none")
     if config.model.cache_features and chosen:

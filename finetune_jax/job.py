@@ -292,8 +292,8 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     model = config.model
     is_frozen = frozen_parameters(model.train, model.freeze, always, parameters, has_method=has_method)
     trained = [path for path, frozen in is_frozen.items() if not frozen]
-    depth = depths(trained, family.STEM, family.BLOCK)
-    pace = paces(depth, optim.layer_decay, optim.rates, optim.unfreeze_every)
+    depth = depths(parameters, family.STEM, family.BLOCK)
+    pace = paces(depth, trained, optim.layer_decay, optim.rates, optim.unfreeze_every)
     schedule = make_schedule(config.optim, total_steps)
     decay = lookup((*install.DECAY, *family.DECAY), trained, "weight-decay rule")
     optimizer = make_optimizer(optim, schedule, decay, pace)
@@ -319,7 +319,7 @@ def make_objective(config: MethodsConfig, job: Job) -> Objective:
     if config.adversarial == "none" and not config.neftune:
         return Plain(job.task)
     steps = 1 if config.adversarial == "fgm" else config.ascent_steps
-    rate = config.radius if steps == 1 else config.ascent_rate or 2.5 * config.radius / steps
+    rate = config.radius if config.adversarial == "fgm" else config.ascent_rate or 2.5 * config.radius / steps
     if job.family == "resnet":
         ball: Perturbation = PixelOffsets(config.radius / 255, rate / 255)
     else:

@@ -80,9 +80,8 @@ def make_train_step(
             moved = jax.tree.map(lambda w, g: w + far * g, state.params, grads)
             uphill = dataclasses.replace(state, params=moved)
             grads = summed_gradient(gradient, uphill, batch, key, accumulation)[3]
-        whole = jnp.maximum(
-            weight, 1e-12
-        )  # a batch in which nothing is labelled moves nothing, instead of 0 / 0
+        # A batch in which nothing is labelled moves nothing, instead of 0 / 0.
+        whole = jnp.maximum(weight, 1e-12)
         norm = optax.tree.norm(grads) / whole
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats

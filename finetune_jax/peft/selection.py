@@ -77,7 +77,11 @@ def depths(parameters: Iterable[str], stem: str, block: str) -> dict[str, int]:
 
 
 def paces(
-    depth: Mapping[str, int], layer_decay: float, rates: Mapping[str, float], unfreeze_every: int | None
+    depth: Mapping[str, int],
+    trained: Sequence[str],
+    layer_decay: float,
+    rates: Mapping[str, float],
+    unfreeze_every: int | None,
 ) -> dict[str, Pace]:
     """How fast each trained parameter moves, and from which update on.
 
@@ -86,19 +90,21 @@ def paces(
     unfreezing, Howard and Ruder 2018, arXiv:1801.06146, section 3.3).
 
     Args:
-        depth: Of each trained parameter.
+        depth: Of each parameter, trained or not.
+        trained: Those that are.
         layer_decay: In (0, 1].
         rates: Factor by regex.
         unfreeze_every: Updates; None starts all at once.
 
     Raises:
-        UserError: A regex is found in no path.
+        UserError: A regex is found in no path of `trained`.
     """
-    matches_any(list(rates), depth)
+    matches_any(list(rates), trained, "optim.rates: regex", "trained parameter")
     table = [(re.compile(pattern), rate) for pattern, rate in rates.items()]
     top = max(depth.values())
     found = {}
-    for path, level in depth.items():
+    for path in trained:
+        level = depth[path]
         factor = next((rate for pattern, rate in table if pattern.search(path)), 1.0)
         found[path] = Pace(layer_decay ** (top - level) * factor, (unfreeze_every or 0) * (top - level))
     return found

@@ -239,6 +239,7 @@ def test_any_mesh_and_micro_batches_give_the_same(name, tmp_path):
         ("image", {"methods": {"neftune": 5.0}}, "methods.neftune adds noise to word vectors"),
         ("image", {"methods": {"adversarial": "freelb"}}, "methods.adversarial freelb is for text"),
         ("text", {"methods": {"radius": 0.0, "adversarial": "pgd"}}, "methods.radius is 0.0, must be above 0"),
+        ("text", {"methods": {"adversarial": "fgm", "ascent_rate": 0.1}}, "methods.adversarial fgm goes one step of methods.radius"),
         ("text", {"methods": {"radius": 2.0}}, "methods.adversarial is none, its other fields are set"),
     ],
 )  # fmt: skip

@@ -36,7 +36,7 @@ def test_depth_counts_the_blocks_of_all_stages():
 
 
 def test_paces_by_the_formulas():
-    found = paces(depths(PATHS, bert.STEM, bert.BLOCK), 0.5, {"layer/1": 3.0, "layer": 7.0}, 10)
+    found = paces(depths(PATHS, bert.STEM, bert.BLOCK), PATHS, 0.5, {"layer/1": 3.0, "layer": 7.0}, 10)
     assert found == {
         WORDS: Pace(0.125, 30),
         QUERY_0: Pace(0.25 * 7, 20),
@@ -46,11 +46,16 @@ def test_paces_by_the_formulas():
     }
 
 
+def test_frozen_layers_count_in_the_depth():
+    found = paces(depths(PATHS, bert.STEM, bert.BLOCK), [QUERY_0, HEAD], 0.5, {}, None)
+    assert found == {QUERY_0: Pace(0.25), HEAD: Pace(1.0)}
+
+
 def test_a_rate_that_meets_nothing_names_the_nearest():
     with pytest.raises(
-        UserError, match=r"'classifer' matches no parameter; the nearest are classifier/kernel"
+        UserError, match=r"'classifer' matches no trained parameter; the nearest are classifier/kernel"
     ):
-        paces(depths(PATHS, bert.STEM, bert.BLOCK), 1.0, {"classifer": 2.0}, None)
+        paces(depths(PATHS, bert.STEM, bert.BLOCK), PATHS, 1.0, {"classifer": 2.0}, None)
 
 
 @pytest.mark.parametrize(
