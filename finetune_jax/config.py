@@ -527,6 +527,12 @@ def validate(config: Config) -> Config:
         )
     if config.peft.method == "none" and config.peft != PeftConfig():
         raise UserError("peft.method is none, other fields of peft are set; name a method, or leave them out")
+    if config.peft.method == "lora" and config.peft.feedforward:
+        raise UserError("peft.feedforward is for ia3, peft.method is lora; leave one of them out")
+    if config.peft.method == "ia3":
+        alone = PeftConfig("ia3", config.peft.targets, config.peft.feedforward)
+        if config.peft != alone:
+            raise UserError("peft.method is ia3, which has no rank, alpha, rslora or dropout; leave them out")
     if (
         config.peft.method != "none"
         and config.model.family == "resnet"

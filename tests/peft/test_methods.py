@@ -336,6 +336,8 @@ def test_an_adapter_for_another_model_is_said(runs, tmp_path):
         ("image", {"peft": {"method": "ia3"}, "model": {"batch_norm": "frozen"}}, "peft.method ia3 is not for family resnet; it has lora"),
         ("image", {"peft": {"method": "lora"}}, "peft.method lora leaves the running averages to the adapter's model; set model.batch-norm frozen"),
         ("text", {"peft": {"method": "lora", "targets": ["layer/1/.*query$"]}, "model": {"scan_layers": True}}, "model.scan-layers needs layers that are alike"),
+        ("text", {"peft": {"method": "ia3", "rank": 4}}, "peft.method is ia3, which has no rank"),
+        ("text", {"peft": {"method": "lora", "feedforward": ["output"]}}, "peft.feedforward is for ia3, peft.method is lora"),
         ("text", {"peft": {"rank": 4}}, "peft.method is none, other fields of peft are set"),
         ("text", {"peft": {"method": "ia3"}, "model": {"train": "head"}}, "model.train head would leave peft.method ia3 untrained"),
         ("text", {"peft": {"method": "lora", "dropout": 1.0}}, "peft.dropout is 1.0, must be from 0 to 0.999"),
