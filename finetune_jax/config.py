@@ -493,6 +493,20 @@ def validate(config: Config) -> Config:
         raise UserError("model.scan-layers is for family bert: the blocks of a resnet differ in shape")
     if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
         raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
+    _check_methods(config)
+    _check_peft(config)
+    if config.train.batch_size % config.train.accumulation:
+        raise UserError(
+            f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"
+        )
+    return config
+
+
+def _check_methods(config: Config) -> None:
+    """
+    Raises:
+        UserError: Methods that exclude each other, or do not go with the model.
+    """
     methods = config.methods
     around = {
         "r-drop": f"{methods.r_drop:g}" if methods.r_drop else "",
@@ -525,6 +539,13 @@ def validate(config: Config) -> Config:
         raise UserError(
             f"model.cache-features runs the model once, {chosen[0]} in every step; leave one of them out"
         )
+
+
+def _check_peft(config: Config) -> None:
+    """
+    Raises:
+        UserError: Fields of another method, or ones that leave it untrained.
+    """
     if config.peft.method == "none" and config.peft != PeftConfig():
         raise UserError("peft.method is none, other fields of peft are set; name a method, or leave them out")
     if config.peft.method == "lora" and config.peft.feedforward:
@@ -545,8 +566,3 @@ def validate(config: Config) -> Config:
         raise UserError(
             f"model.train head would leave peft.method {config.peft.method} untrained; leave one of them out"
         )
-    if config.train.batch_size % config.train.accumulation:
-        raise UserError(
-            f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"
-        )
-    return config

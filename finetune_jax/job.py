@@ -46,7 +46,7 @@ from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.peft import hf_format, install
 from finetune_jax.peft.selection import depths, frozen_parameters, paces
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
-from finetune_jax.state import ModelParts, initial_weights, split_model
+from finetune_jax.state import ModelParts, TrainState, abstract_state, initial_weights, split_model
 from finetune_jax.step import Updates
 from finetune_jax.tasks import TASKS, Task
 from finetune_jax.tree import Flat, lookup
@@ -300,6 +300,14 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     methods = config.methods
     objective = make_objective(methods, job)
     return Updates(is_frozen, pace, schedule, optimizer, objective, methods.ema, methods.sam)
+
+
+def abstract_state_of(job: Job, updates: Updates) -> TrainState:
+    """Shapes and places of the state before the first update."""
+    averaged = updates.ema is not None
+    return abstract_state(
+        job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh, averaged=averaged
+    )
 
 
 def make_objective(config: MethodsConfig, job: Job) -> Objective:

@@ -94,12 +94,17 @@ def mean_and_clip(clip_norm: float | None) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
+def where_finite(finite: Any, new: Any, old: Any) -> Any:
+    """The new values where the gradient is finite, else the old ones, bit by bit."""
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
 def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The same, its state kept bit by bit where the gradient is not finite."""
 
     def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any):
         updates, new = inner.update(updates, state, params)
-        return updates, jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+        return updates, where_finite(finite, new, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -119,7 +124,7 @@ def paced(paces: Mapping[str, Pace]) -> optax.GradientTransformationExtraArgs:
             if pace.start:
                 scaled[path] = jnp.where(state.count >= pace.start, scaled[path], 0.0)
         if late:
-            count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+            count = where_finite(finite, optax.safe_increment(state.count), state.count)
             state = optax.ScaleByScheduleState(count)
         return scaled, state
 
@@ -137,9 +142,9 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
     def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any):
         def moment(old: Any, decay: float, order: int) -> Any:
             new = optax.tree.update_moment(updates, old, decay, order)
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return where_finite(finite, new, old)
 
-        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        count = where_finite(finite, optax.safe_increment(state.count), state.count)
         moments = moment(state.mu, beta1, 1), moment(state.nu, beta2, 2)
         mu, nu = jax.lax.platform_dependent(moments, cpu=jax.lax.optimization_barrier, default=lambda x: x)
         mean = optax.tree.bias_correction(mu, beta1, count)

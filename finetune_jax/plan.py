@@ -29,6 +29,7 @@ from finetune_jax.hlo import BETWEEN_SLICES, Collective, Program, read_program
 from finetune_jax.job import (
     FAMILIES,
     Job,
+    abstract_state_of,
     cached_width,
     check_attention,
     compute_of,
@@ -40,7 +41,7 @@ from finetune_jax.job import (
     task_from_config,
 )
 from finetune_jax.sharding import batch_parts, bytes_a_device
-from finetune_jax.state import TrainState, abstract_state
+from finetune_jax.state import TrainState
 from finetune_jax.step import (
     Updates,
     abstract_batch,
@@ -273,14 +274,7 @@ class Subject:
                 "model.cache-features: the step of a run with kept features is too small to plan; without it plan shows"
                 " what computing them takes"
             )
-        state = abstract_state(
-            job.parts,
-            job.shardings,
-            updates.is_frozen,
-            updates.optimizer,
-            job.mesh,
-            averaged=updates.ema is not None,
-        )
+        state = abstract_state_of(job, updates)
         batch = abstract_batch(batches.blank(batches.shape.length), batches.rows, job.mesh)
         step = make_train_step(job.task, job.parts, updates, config.train.accumulation)
         lowered = lower_train_step(step, state, batch, job.mesh)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from finetune_jax.methods.objective import Objective
+from finetune_jax.optim import where_finite
 from finetune_jax.peft.selection import Pace
 from finetune_jax.sharding import batch_sharding, replicated
 from finetune_jax.state import ModelParts, TrainState
@@ -100,11 +101,8 @@ def make_train_step(
             "skipped_in_a_row": (in_a_row.astype(jnp.float32), one),
         }
 
-        def unless_skipped(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        params = unless_skipped(optax.apply_updates(state.params, steps), state.params)  # pyright: ignore[reportArgumentType]
-        statistics = unless_skipped(statistics, state.model_state)
+        params = where_finite(finite, optax.apply_updates(state.params, steps), state.params)  # pyright: ignore[reportArgumentType]
+        statistics = where_finite(finite, statistics, state.model_state)
         averages = state.averages
         if updates.ema is not None:
             done = (state.step - state.skipped).astype(jnp.float32)
@@ -113,7 +111,7 @@ def make_train_step(
             moved = jax.tree.map(
                 lambda a, w: decay * a + (1.0 - decay) * w, averages, {**params, **statistics}
             )
-            averages = unless_skipped(moved, averages)
+            averages = where_finite(finite, moved, averages)
         new = TrainState(
             step=state.step + 1,
             params=params,

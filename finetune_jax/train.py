@@ -34,6 +34,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
 from finetune_jax.job import (
     Job,
+    abstract_state_of,
     cached_width,
     job_from_config,
     make_updates,
@@ -47,7 +48,6 @@ from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, 
 from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
 from finetune_jax.state import (
     TrainState,
-    abstract_state,
     create_state,
     initial_weights,
     parameter_counts,
@@ -164,14 +164,7 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     if width := cached_width(config, job, updates):
         inputs = {split: CachedFeatures(features, width) for split, features in examples.items()}
         batches.examples = inputs["train"]
-    state = abstract_state(
-        job.parts,
-        job.shardings,
-        updates.is_frozen,
-        updates.optimizer,
-        job.mesh,
-        averaged=updates.ema is not None,
-    )
+    state = abstract_state_of(job, updates)
     loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head, config.model.reinit_layers)
     return Setup(
         config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from PIL import Image
 
 from finetune_jax import train
+from finetune_jax.cli import main
 from finetune_jax.config import (
     Config,
     DataConfig,
@@ -18,6 +20,7 @@ from finetune_jax.config import (
     OptimConfig,
     TaskConfig,
     TrainConfig,
+    to_dict,
 )
 from finetune_jax.data.pipeline import Batches
 
@@ -178,6 +181,24 @@ def config_of(kind: str, folder: Path, **train: Any) -> Config:
     if kind == "token":
         return text_config(write_conll(folder / "conll"), "token_classification", **train)
     return text_config(write_texts(folder / "texts"), **train)
+
+
+def train_with(config: Config, change: dict[str, dict[str, Any]], folder: Path) -> int:
+    """Exit code of the train command on a recipe in which some fields are others."""
+    fields = to_dict(config)
+    for part, values in change.items():
+        fields[part] |= values
+    recipe = folder / "recipe.py"
+    lines = (
+        "from finetune_jax.config import from_dict",
+        "def get_config():",
+        f"    return from_dict({fields!r}, 'here')",
+    )
+    recipe.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(recipe), "--workdir", str(folder / "run")])
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
 
 
 def saved(run: Path) -> tuple[int, dict[str, Any]]:

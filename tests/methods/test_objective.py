@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from finetune_jax import train as loop
-from finetune_jax.cli import main
-from finetune_jax.config import MeshConfig, MethodsConfig, OptimConfig, to_dict
+from finetune_jax.config import MeshConfig, MethodsConfig, OptimConfig
 from finetune_jax.job import open_model
 from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Plain, RDrop
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
 from finetune_jax.step import make_train_step
 from finetune_jax.tasks.base import cross_entropy
+from tests import tiny
 from tests.tiny import assert_same_bits, config_of, rows, saved
 
 replace = dataclasses.replace
@@ -244,16 +244,7 @@ def test_any_mesh_and_micro_batches_give_the_same(name, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_choices_are_one_line(kind, change, message, tmp_path, capsys):
-    config = to_dict(config_of(kind, tmp_path))
-    for part, fields in change.items():
-        config[part] |= fields
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(
-        f"from finetune_jax.config import from_dict\ndef get_config():\n    return from_dict({config!r}, 'here')\n"
-    )
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--config", str(recipe), "--workdir", str(tmp_path / "run")])
-    assert stop.value.code == 2
+    assert tiny.train_with(config_of(kind, tmp_path), change, tmp_path) == 2
     assert message in capsys.readouterr().err
 
 

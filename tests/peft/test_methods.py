@@ -13,8 +13,7 @@ from flax import nnx
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from finetune_jax import train as loop
-from finetune_jax.cli import main
-from finetune_jax.config import PeftConfig, to_dict
+from finetune_jax.config import PeftConfig
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
 from finetune_jax.job import open_model
@@ -344,16 +343,7 @@ def test_an_adapter_for_another_model_is_said(runs, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_choices_are_one_line(kind, change, message, tmp_path, capsys):
-    config = to_dict(config_of(kind, tmp_path))
-    for part, fields in change.items():
-        config[part] |= fields
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(
-        f"from finetune_jax.config import from_dict\ndef get_config():\n    return from_dict({config!r}, 'here')\n"
-    )
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--config", str(recipe), "--workdir", str(tmp_path / "run")])
-    assert stop.value.code == 2
+    assert tiny.train_with(config_of(kind, tmp_path), change, tmp_path) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
