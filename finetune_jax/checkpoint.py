@@ -143,12 +143,20 @@ class Checkpoints:
         return None
 
     def restore_weights(self, abstract: Mapping[str, Any], step: int) -> Flat:
-        """The weights of a step, on the shardings of `abstract`.
+        """The weights of a step, on the shardings of `abstract` and of the dtypes that they were saved with.
 
         Raises:
             UserError: They are not what was saved.
         """
-        items, faults = self._verified(step, {"weights": abstract})
+        manifest, _ = seal.read_seal(self.folder / str(step))
+        saved = {path: row["dtype"] for path, row in manifest.get("leaves", {}).items()}
+
+        def as_saved(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+            dtype = saved.get(f"weights/{path}", leaf.dtype)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+        layout = {path: as_saved(path, leaf) for path, leaf in abstract.items()}
+        items, faults = self._verified(step, {"weights": layout})
         if not faults:
             return items["weights"]
         others = [other for other in self.steps() if other != step]

@@ -68,6 +68,8 @@ class ModelConfig:
     """Which parameters of the model get a gradient, besides the head: all (with a peft.method: none); biases only (BitFit); scales and biases of LayerNorm or BatchNorm only; none (a linear probe)."""
     freeze: tuple[str, ...] = ()
     """Regexes found in parameter paths: those parameters get no gradient and no optimizer state."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of kernels and embeddings that get no gradient, on devices and in checkpoints. bfloat16 takes half the memory and rounds them once; exports are float32 of the rounded values."""
     cache_features: bool = False
     """Where only the head is trained and nothing before it is random: compute what the head reads once, and train on that. The same updates, without running the backbone again."""
     batch_norm: Literal["train", "frozen"] = "train"
@@ -90,20 +92,64 @@ class PeftConfig:
 
     __pydantic_config__ = STRICT
 
-    method: Literal["none", "lora", "ia3"] = "none"
-    """none: the model itself is trained; lora: a low-rank product beside chosen layers; ia3: a factor for each feature of chosen layers (BERT)."""
+    method: Literal["none", "lora", "adalora", "ia3", "bottleneck", "prefix", "prompt"] = "none"
+    """none: the model itself is trained; lora: a low-rank product beside chosen layers; adalora: the same, its rank shared out among the layers while training; ia3: a factor for each feature of chosen layers (BERT); bottleneck: narrow networks inside layers and blocks; prefix: keys and values before those of every layer (BERT); prompt: word vectors before every text (BERT)."""
     targets: tuple[str, ...] = ()
-    """Regexes found in the paths of dense layers and convolutions, such as `attention/self/(query|value)$`; none takes the method's own choice."""
+    """lora, adalora, ia3: regexes found in the paths of dense layers and convolutions, such as `attention/self/(query|value)$`; bottleneck: in those of the ends of layers' halves and blocks, such as `layer/5/output$`; none takes the method's own choice."""
     feedforward: tuple[str, ...] = ()
-    """(IA)3: regexes found in the paths of those targets whose inputs are scaled, not their outputs; none takes the second layer of the feed-forward block."""
+    """ia3: regexes found in the paths of those targets whose inputs are scaled, not their outputs; none takes the second layer of the feed-forward block."""
     rank: int = 8
-    """LoRA: of the product."""
+    """lora: of the product; adalora: of the product at the start."""
     alpha: float = 16.0
-    """LoRA: the product is multiplied by alpha / rank."""
+    """lora, adalora: the product is multiplied by alpha / rank."""
     rslora: bool = False
-    """LoRA: by alpha / sqrt(rank) instead."""
+    """lora: by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """lora: the product turns the kernel's columns only, their lengths are trained beside it."""
     dropout: float = 0.0
-    """LoRA: share of the product's input that is dropped in training (dense layers)."""
+    """lora, adalora: share of the product's input that is dropped in training (dense layers)."""
+    target_rank: int = 4
+    """adalora: rank at the end, on average over the layers."""
+    prune_from: float = 0.1
+    """adalora: share of the updates after which the rank begins to fall."""
+    prune_until: float = 0.7
+    """adalora: share of the updates after which each layer's rank stays."""
+    prune_every: int = 10
+    """adalora: updates from one pruning to the next."""
+    sensitivity_decay: float = 0.85
+    """adalora: of the moving averages of a parameter's sensitivity and of its uncertainty."""
+    orthogonality: float = 0.1
+    """adalora: weight of the penalty that keeps the product's two matrices orthogonal."""
+    width: int = 48
+    """bottleneck: of the narrow networks."""
+    placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    """bottleneck (BERT): one at the end of each layer, or one at the end of each of its two halves."""
+    virtual_tokens: int = 20
+    """prefix, prompt: how many."""
+    prefix_hidden: int | None = None
+    """prefix: units of the layer through which it is re-parametrised in training; None trains its numbers themselves."""
+
+
+PEFT_FIELDS: dict[str, tuple[str, ...]] = {
+    "targets": ("lora", "adalora", "ia3", "bottleneck"),
+    "feedforward": ("ia3",),
+    "rank": ("lora", "adalora"),
+    "alpha": ("lora", "adalora"),
+    "rslora": ("lora",),
+    "dora": ("lora",),
+    "dropout": ("lora", "adalora"),
+    "target_rank": ("adalora",),
+    "prune_from": ("adalora",),
+    "prune_until": ("adalora",),
+    "prune_every": ("adalora",),
+    "sensitivity_decay": ("adalora",),
+    "orthogonality": ("adalora",),
+    "width": ("bottleneck",),
+    "placement": ("bottleneck",),
+    "virtual_tokens": ("prefix", "prompt"),
+    "prefix_hidden": ("prefix",),
+}
+"""The methods that a field of `PeftConfig` is for."""
 
 
 @dataclass(frozen=True)
@@ -447,6 +493,11 @@ def validate(config: Config) -> Config:
         ("data.image.size", config.data.image.size, 1),
         ("optim.warmup-steps", config.optim.warmup_steps, 0),
         ("peft.rank", config.peft.rank, 1),
+        ("peft.target-rank", config.peft.target_rank, 1),
+        ("peft.prune-every", config.peft.prune_every, 1),
+        ("peft.width", config.peft.width, 1),
+        ("peft.virtual-tokens", config.peft.virtual_tokens, 1),
+        ("peft.prefix-hidden", config.peft.prefix_hidden, 1),
         ("model.reinit-layers", config.model.reinit_layers, 0),
         ("methods.ascent-steps", config.methods.ascent_steps, 1),
         ("optim.unfreeze-every", config.optim.unfreeze_every, 1),
@@ -462,6 +513,10 @@ def validate(config: Config) -> Config:
         ("optim.layer-decay", config.optim.layer_decay, 0.001, 1.0),
         *((f"optim.rates {regex}", rate, 1e-6, 1e6) for regex, rate in config.optim.rates.items()),
         ("peft.dropout", config.peft.dropout, 0.0, 0.999),
+        ("peft.prune-from", config.peft.prune_from, 0.0, 1.0),
+        ("peft.prune-until", config.peft.prune_until, 0.0, 1.0),
+        ("peft.sensitivity-decay", config.peft.sensitivity_decay, 0.0, 0.9999),
+        ("peft.orthogonality", config.peft.orthogonality, 0.0, 1e3),
         ("methods.r-drop", config.methods.r_drop, 0.0, 1e4),
         ("methods.neftune", config.methods.neftune, 0.0, 1e4),
         ("methods.sam", config.methods.sam, 0.0, 1e4),
@@ -546,14 +601,29 @@ def _check_peft(config: Config) -> None:
     Raises:
         UserError: Fields of another method, or ones that leave it untrained.
     """
-    if config.peft.method == "none" and config.peft != PeftConfig():
+    peft, none = config.peft, PeftConfig()
+    if peft.method == "none" and peft != none:
         raise UserError("peft.method is none, other fields of peft are set; name a method, or leave them out")
-    if config.peft.method == "lora" and config.peft.feedforward:
-        raise UserError("peft.feedforward is for ia3, peft.method is lora; leave one of them out")
-    if config.peft.method == "ia3":
-        alone = PeftConfig("ia3", config.peft.targets, config.peft.feedforward)
-        if config.peft != alone:
-            raise UserError("peft.method is ia3, which has no rank, alpha, rslora or dropout; leave them out")
+    for name, methods in PEFT_FIELDS.items():
+        if getattr(peft, name) != getattr(none, name) and peft.method not in methods:
+            raise UserError(
+                f"peft.{name.replace('_', '-')} is for {' and '.join(methods)}, peft.method is {peft.method}; leave one of them out"
+            )
+    if peft.placement != none.placement and config.model.family != "bert":
+        raise UserError(f"peft.placement is for family bert, not {config.model.family}; leave it out")
+    if peft.method == "adalora":
+        if peft.target_rank > peft.rank:
+            raise UserError(
+                f"peft.target-rank {peft.target_rank} is over peft.rank {peft.rank}, from which it falls; lower it"
+            )
+        if peft.prune_until <= peft.prune_from:
+            raise UserError(
+                f"peft.prune-until {peft.prune_until:g} must be over peft.prune-from {peft.prune_from:g}"
+            )
+        if config.methods.ema is not None:
+            raise UserError(
+                "peft.method adalora and methods.ema exclude each other: an average keeps what was pruned; leave one of them out"
+            )
     if (
         config.peft.method != "none"
         and config.model.family == "resnet"

@@ -46,7 +46,6 @@ class Forward:
         job: Job,
         examples: Examples,
         batch_size: int,
-        max_length: int,
         batching: Batching,
         threads: int = 4,
         patience: float = math.inf,
@@ -57,13 +56,12 @@ class Forward:
             job: Task, model and mesh.
             examples: The split.
             batch_size: Examples at once over all devices (packed, on average).
-            max_length: Longest row, pieces.
             batching: How examples share rows.
             threads: That read ahead.
             patience: Seconds to wait for a batch.
             features: Their width, where the step ends before the head.
         """
-        shape = evaluation_shape(examples, batch_size, max_length, batching)
+        shape = evaluation_shape(examples, batch_size, job.task.row_length, batching)
         self._job, self._examples, self._threads, self._patience = job, examples, threads, patience
         make = make_features if features else make_forward
         self._step, self._width = make(job.task, job.parts), features or job.task.num_labels
@@ -154,7 +152,5 @@ def evaluate_model(model: str, config: Config | None, split: str, step: str = "b
         raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
     examples = job.task.examples(source.splits[split], train=False)
     settings = config.data
-    forward = Forward(
-        job, examples, config.evaluation.batch_size, settings.max_length, settings.batching, settings.threads
-    )
+    forward = Forward(job, examples, config.evaluation.batch_size, settings.batching, settings.threads)
     return evaluate(forward, job, examples, weights)

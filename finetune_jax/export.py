@@ -55,12 +55,16 @@ def export(
         raise UserError(f"{run} is not a run folder; name the --workdir of finetune-jax train")
     number = Checkpoints(run).choose(step)
     job, weights = open_model(str(run), step=str(number))
+    if not adapter and job.peft.method not in ("none", *install.MERGED):
+        raise UserError(
+            f"{run}: what peft.method {job.peft.method} adds cannot be multiplied into the model; add --adapter"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     signals.phase("exporting")
     with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
         save_model_folder(job, draft)
         if adapter:
-            save_adapter(run, job, weights, draft)
+            save_adapter(run, job, weights, draft, number)
         else:
             files.save_tensors(draft, export_tensors(job.family, install.merged(weights, job.peft)))
         (draft / CARD_FILE).write_text(model_card(run, job, number), encoding="utf-8")
@@ -70,7 +74,7 @@ def export(
     return difference
 
 
-def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path) -> None:
+def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) -> None:
     """The two files of `peft`.
 
     Raises:
@@ -93,7 +97,9 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path) -> None:
     if new:
         raise UserError(f"{base.source} has no {', '.join(new)}: an adapter would lack them too; {whole}")
     host = jax.device_get(weights)
-    fields, tensors = adapter_files(family, host, job.peft, base.source, job.task.architecture)
+    fields, tensors = adapter_files(
+        family, host, job.peft, base.source, job.task.architecture, job.model_config, step
+    )
     fields["revision"] = saved.model.revision
     files.save_tensors(folder, tensors, hf_format.WEIGHTS_FILE)
     (folder / hf_format.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -115,8 +121,10 @@ def sample_batch(job: Job) -> dict[str, np.ndarray]:
         size = job.task.processor.size  # pyright: ignore[reportAttributeAccessIssue]
         pixels = rng.integers(0, 256, (4, size, size, job.model_config.num_channels), np.uint8)
         return {"pixels": pixels, "labels": np.zeros(4, np.int32), "weights": np.ones(4, np.float32)}
-    rows, length = 4, min(32, job.model_config.max_position_embeddings)
-    ids = rng.integers(0, job.model_config.vocab_size, (rows, length)).astype(np.int32)
+    room = job.model_config.max_position_embeddings - install.positions_taken(job.peft)
+    known = job.model_config.vocab_size + install.tokens_in_rows(job.peft)
+    rows, length = 4, min(32, room)
+    ids = rng.integers(0, known, (rows, length)).astype(np.int32)
     wide = job.task.architecture.endswith("TokenClassification")
     flat = (rows, length) if wide else (rows, 1)
     return {

@@ -44,6 +44,7 @@ from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.peft import hf_format, install
+from finetune_jax.peft.adalora import orthogonality, pruned
 from finetune_jax.peft.selection import depths, frozen_parameters, paces
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
 from finetune_jax.state import ModelParts, TrainState, abstract_state, initial_weights, split_model
@@ -233,12 +234,14 @@ def task_from_config(
     """
     values: dict[str, Any] = {"labels": labels}
     if config.model.family == "bert":
-        limit = model_config.max_position_embeddings
-        if config.data.max_length > limit:
+        limit, before = model_config.max_position_embeddings, install.positions_taken(config.peft)
+        if config.data.max_length + before > limit:
+            and_ = f" with peft.virtual-tokens {before}" if before else ""
             raise UserError(
-                f"data.max-length {config.data.max_length} is over the model's {limit} positions; lower it"
+                f"data.max-length {config.data.max_length}{and_} is over the model's {limit} positions; lower it"
             )
         values |= {"max_length": config.data.max_length, "cache": cache_root(config.data) / "tokens"}
+        values["virtual_ids"] = virtual_ids(config.peft, model_config)
         values["tokenizer"] = _tokenizer(config.model, checkpoint, model_config.vocab_size) if reads else None
     else:
         channels = model_config.num_channels
@@ -254,6 +257,11 @@ def task_from_config(
     if config.task.name == "token_classification":
         values["all_pieces"] = config.task.label_pieces == "all"
     return TASKS[config.task.name](**values)
+
+
+def virtual_ids(peft: PeftConfig, model_config: Any) -> range:
+    """What stands for a prompt's rows in every text: the ids after the vocabulary's."""
+    return range(model_config.vocab_size, model_config.vocab_size + install.tokens_in_rows(peft))
 
 
 def _tokenizer(config: ModelConfig, checkpoint: Checkpoint | None, vocab_size: int) -> Any:
@@ -296,17 +304,25 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     pace = paces(depth, trained, optim.layer_decay, optim.rates, optim.unfreeze_every)
     schedule = make_schedule(config.optim, total_steps)
     decay = lookup((*install.DECAY, *family.DECAY), trained, "weight-decay rule")
-    optimizer = make_optimizer(optim, schedule, decay, pace)
-    methods = config.methods
-    objective = make_objective(methods, job)
-    return Updates(is_frozen, pace, schedule, optimizer, objective, methods.ema, methods.sam)
+    methods, objective = config.methods, make_objective(config.methods, job)
+    penalty = last = None
+    if config.peft.method == "adalora":
+        penalty, last = orthogonality(config.peft.orthogonality), pruned(config.peft, total_steps)
+    optimizer = make_optimizer(optim, schedule, decay, pace, last)
+    kept = DTYPES[model.frozen_dtype]
+    return Updates(is_frozen, pace, schedule, optimizer, objective, methods.ema, methods.sam, kept, penalty)
 
 
 def abstract_state_of(job: Job, updates: Updates) -> TrainState:
     """Shapes and places of the state before the first update."""
-    averaged = updates.ema is not None
     return abstract_state(
-        job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh, averaged=averaged
+        job.parts,
+        job.shardings,
+        updates.is_frozen,
+        updates.optimizer,
+        job.mesh,
+        averaged=updates.ema is not None,
+        frozen_dtype=updates.frozen_dtype,
     )
 
 
@@ -364,9 +380,9 @@ def cached_width(config: Config, job: Job, updates: Updates) -> int:
 
 
 def pretrained_weights(
-    job: Job, checkpoint: Checkpoint | None, replace_head: bool, reinit_layers: int = 0
+    job: Job, checkpoint: Checkpoint | None, replace_head: bool, reinit_layers: int = 0, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Weights of the checkpoint by path, and a sentence on what was and was not in it.
+    """Weights of the checkpoint by path, with what a method makes of them, and a sentence on what was and was not in it.
 
     Raises:
         UserError: More layers are to start anew than there are.
@@ -379,8 +395,9 @@ def pretrained_weights(
         note += f"; new, random: {', '.join(loaded.new)}"
     if loaded.unused:
         note += f"; not used: {', '.join(loaded.unused)}"
+    begun = install.begin(job.peft, loaded.params, seed)
     if not reinit_layers:
-        return loaded.params, note
+        return {**loaded.params, **begun}, note
     # Zhang et al. 2021, arXiv:2006.05987, section 4: the last layers are the most specialised for what came before.
     family = FAMILIES[job.family]
     depth = depths(job.own_weights, family.STEM, family.BLOCK)
@@ -394,7 +411,7 @@ def pretrained_weights(
     }
     anew = len(loaded.params) - len(kept)
     return (
-        kept,
+        {**kept, **begun},
         f"{note}; {anew} tensors of the last {reinit_layers} layers and of the pooler start from random weights",
     )
 
@@ -446,8 +463,8 @@ def open_model(
     if run:
         saved = load_saved(path / CONFIG_FILE)
         max_length, compute, peft = max_length or saved.data.max_length, compute_of(saved.model), saved.peft
-    task = _task_of(checkpoint, max_length)
     model_config = parse_config(checkpoint.family, checkpoint.hf_config, checkpoint.source)
+    task = _task_of(checkpoint, model_config, max_length, peft)
     job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, compute, peft=peft)
     if run:
         checkpoints = Checkpoints(path)
@@ -500,13 +517,14 @@ def _with_adapter(
         UserError: The adapter is for another model.
     """
     own = load_params(checkpoint, job.own_weights, replace_head=True)
-    weights = {**own.params, **adapter.params}
+    params = adapter.on(own.params)
+    weights = {**own.params, **params}
     wrong = [
         f"{path} is {list(value.shape)}, must be {list(job.parts.abstract[path].shape)}"
-        for path, value in adapter.params.items()
+        for path, value in params.items()
         if path in job.parts.abstract and value.shape != job.parts.abstract[path].shape
     ]
-    wrong += [f"{path} is not in it" for path in sorted(adapter.params.keys() - job.parts.abstract.keys())]
+    wrong += [f"{path} is not in it" for path in sorted(params.keys() - job.parts.abstract.keys())]
     wrong += [f"{path} is in neither" for path in sorted(job.parts.abstract.keys() - weights.keys())]
     if wrong:
         raise UserError(
@@ -515,7 +533,7 @@ def _with_adapter(
     return weights
 
 
-def _task_of(checkpoint: Checkpoint, max_length: int | None) -> Task:
+def _task_of(checkpoint: Checkpoint, model_config: Any, max_length: int | None, peft: PeftConfig) -> Task:
     """The task that a checkpoint's architecture (and problem type) names."""
     for kind in TASKS.values():
         if kind.architecture not in checkpoint.architectures:
@@ -530,19 +548,19 @@ def _task_of(checkpoint: Checkpoint, max_length: int | None) -> Task:
         values: dict[str, Any] = {"labels": None if kind.problem_type == "regression" else labels}
         if checkpoint.family == "bert":
             tokenizer = load_tokenizer(checkpoint.folder)
-            limit = int(checkpoint.hf_config.get("max_position_embeddings", 512))
+            limit = model_config.max_position_embeddings - install.positions_taken(peft)
             length = min(max_length or tokenizer.max_length or limit, limit)
             values |= {"tokenizer": tokenizer, "max_length": length, "cache": None}
+            values["virtual_ids"] = virtual_ids(peft, model_config)
         else:
             file = checkpoint.folder / PREPROCESSOR_FILE
             if not file.is_file():
                 raise UserError(
                     f"{checkpoint.source} has no {PREPROCESSOR_FILE}: how pixels are made is not known"
                 )
-            channels = int(checkpoint.hf_config.get("num_channels", 3))
             values |= {
                 "processor": ImageProcessor.from_hf(files.read_json(file), str(file)),
-                "channels": channels,
+                "channels": model_config.num_channels,
             }
         return kind(**values)
     known = sorted({kind.architecture for kind in TASKS.values()})

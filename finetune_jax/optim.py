@@ -39,18 +39,24 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, decay_mask: dict[str, bool], paces: Mapping[str, Pace]
+    config: OptimConfig,
+    schedule: optax.Schedule,
+    decay_mask: dict[str, bool],
+    paces: Mapping[str, Pace],
+    last: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Mean and clipping, then the optimizer.
 
-    What it gives takes, besides gradients, state and parameters, three scalars by name: `weight`, what the gradients (sums over
-    examples) are divided by; `norm`, the global norm of the mean gradient; `finite`, without which the state stays as it is.
+    What it gives takes, besides gradients, state and parameters, by name: `weight`, what the gradients (sums over examples) are
+    divided by; `norm`, the global norm of the mean gradient; `finite`, without which the state stays as it is; `gradients`, those
+    sums, for what comes last.
 
     Args:
         config: Which one, and its constants.
         schedule: Learning rate by update.
         decay_mask: Whether weight decay applies, for each trained parameter.
         paces: How its update, decay included, is scaled.
+        last: What else happens to the updates.
     """
     decay = config.weight_decay
     if config.name == "adamw":
@@ -76,7 +82,8 @@ def make_optimizer(
             optax.add_decayed_weights(decay, decay_mask),
             guarded(optax.sgd(schedule, config.momentum or None, nesterov=config.nesterov)),
         )
-    return optax.chain(mean_and_clip(config.clip_norm), update, paced(paces))
+    ends = [] if last is None else [guarded(last)]
+    return optax.chain(mean_and_clip(config.clip_norm), update, paced(paces), *ends)
 
 
 def mean_and_clip(clip_norm: float | None) -> optax.GradientTransformationExtraArgs:
@@ -101,9 +108,10 @@ def where_finite(finite: Any, new: Any, old: Any) -> Any:
 
 def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The same, its state kept bit by bit where the gradient is not finite."""
+    takes_more = optax.with_extra_args_support(inner)
 
-    def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any):
-        updates, new = inner.update(updates, state, params)
+    def update(updates: Any, state: Any, params: Any = None, *, finite: Any = True, **more: Any):
+        updates, new = takes_more.update(updates, state, params, **more)
         return updates, where_finite(finite, new, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

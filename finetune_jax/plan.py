@@ -23,7 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from finetune_jax.config import Config, validate
 from finetune_jax.data.pipeline import Batches, Examples, ImageExamples, evaluation_shape, train_shape
 from finetune_jax.data.sources import cache_root
-from finetune_jax.data.text import TextFeatures
+from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
 from finetune_jax.hlo import BETWEEN_SLICES, Collective, Program, read_program
 from finetune_jax.job import (
@@ -262,7 +262,7 @@ class Subject:
             config.peft,
         )
         parts = batch_parts(job.mesh) * config.train.accumulation
-        batching, longest = config.data.batching, config.data.max_length
+        batching, longest = config.data.batching, self.task.row_length
         shape = train_shape(self.data, config.train.batch_size, longest, batching, parts)
         batches = Batches(self.data, shape, config.seed, parts=parts)
         steps = config.train.steps or math.ceil(
@@ -317,7 +317,7 @@ class Subject:
     def _lower_evaluation(self, config: Config, job: Job) -> Any:
         """The evaluation step; the training split stands for the others, which are as long in all that matters here."""
         batching, parts = config.data.batching, batch_parts(job.mesh)
-        shape = evaluation_shape(self.data, config.evaluation.batch_size, config.data.max_length, batching)
+        shape = evaluation_shape(self.data, config.evaluation.batch_size, self.task.row_length, batching)
         batches = Batches(self.data, shape, None, parts=parts)
         batch = abstract_batch(batches.blank(batches.shape.length), batches.rows, job.mesh)
         return lower_forward(make_forward(job.task, job.parts), job.abstract_weights, batch, job.mesh)
@@ -581,7 +581,7 @@ def _stand_in(config: Config, task: Any, workload: Workload) -> Examples:
     pieces = np.broadcast_to(np.int32(1), (count * length,))
     tags = config.task.name == "token_classification"
     kind = np.float32 if config.task.name == "sequence_regression" else np.int32
-    return TextFeatures(
+    made = TextFeatures(
         input_ids=pieces,
         token_type_ids=np.broadcast_to(np.uint8(0), pieces.shape),
         offsets=np.arange(count + 1, dtype=np.int64) * length,
@@ -591,3 +591,4 @@ def _stand_in(config: Config, task: Any, workload: Workload) -> Examples:
         word_offsets=np.arange(count + 1, dtype=np.int64) * length if tags else np.zeros(0, np.int32),
         cut=np.asarray(0, np.int64),
     )
+    return prompted(made, task.virtual_ids)

@@ -93,8 +93,7 @@ def predict(
         raise UserError(f"{odd}: fields differ from {places[0]}'s; all lines of one file must have the same")
     lines = Lines(records)
     examples = job.task.examples(lines, train=False)
-    max_length = getattr(job.task, "max_length", 1)
-    forward = Forward(job, examples, batch_size, max_length, "packed")
+    forward = Forward(job, examples, batch_size, "packed")
     values, _ = forward.outputs(weights)
     return job.task.predictions(values, examples, lines, logits)
 

@@ -42,8 +42,7 @@ class Programs:
         size = config.evaluation.batch_size
 
         def forward_of(split: Examples, features: int = 0) -> Forward:
-            length, batching, threads = data.max_length, data.batching, data.threads
-            return Forward(job, split, size, length, batching, threads, data.stall_seconds, features)
+            return Forward(job, split, size, data.batching, data.threads, data.stall_seconds, features)
 
         self.forwards = {name: forward_of(split) for name, split in examples.items() if name != "train"}
         self._cached = {n: split for n, split in examples.items() if isinstance(split, CachedFeatures)}

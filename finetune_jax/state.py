@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
 from finetune_jax.peft.selection import Pace
 from finetune_jax.sharding import bytes_a_device, replicated, shard_like_params
@@ -26,7 +27,7 @@ class TrainState:
     params: Flat
     """Trained parameters by path, float32."""
     frozen: Flat
-    """Parameters that get no gradient and no optimizer state."""
+    """Parameters that get no gradient and no optimizer state; matrices may be bfloat16."""
     model_state: Flat
     """BatchNorm's running averages."""
     opt_state: Any
@@ -102,6 +103,7 @@ def create_state(
     seed: int,
     *,
     averaged: bool = False,
+    frozen_dtype: DTypeLike = jnp.float32,
 ) -> TrainState:
     """A state before the first update. Weights are in place before the optimizer's state is made from them."""
     params = {p: w for p, w in weights.items() if p not in statistics and not is_frozen[p]}
@@ -119,7 +121,11 @@ def create_state(
     return TrainState(
         step=zero[0],
         params=params,
-        frozen={p: w for p, w in weights.items() if p not in statistics and is_frozen[p]},
+        frozen={
+            p: w.astype(_kept_as(w, frozen_dtype))
+            for p, w in weights.items()
+            if p not in statistics and is_frozen[p]
+        },
         model_state=model_state,
         opt_state=opt_state,
         averages=averages,
@@ -127,6 +133,11 @@ def create_state(
         skipped=zero[1],
         skipped_in_a_row=zero[2],
     )
+
+
+def _kept_as(leaf: Any, dtype: DTypeLike) -> DTypeLike:
+    """Of a frozen parameter; vectors are not worth a rounding."""
+    return dtype if leaf.ndim > 1 else leaf.dtype
 
 
 def abstract_state(
@@ -137,11 +148,12 @@ def abstract_state(
     mesh: Mesh,
     *,
     averaged: bool = False,
+    frozen_dtype: DTypeLike = jnp.float32,
 ) -> TrainState:
     """Shapes, dtypes and places of what `create_state` makes, on devices that need not be here."""
 
-    def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def placed(leaf: Any, sharding: NamedSharding, dtype: DTypeLike | None = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
 
     weights = {path: placed(leaf, shardings[path]) for path, leaf in parts.abstract.items()}
     params = {p: w for p, w in weights.items() if p not in parts.statistics and not is_frozen[p]}
@@ -152,7 +164,11 @@ def abstract_state(
     return TrainState(
         step=count,
         params=params,
-        frozen={p: w for p, w in weights.items() if p not in parts.statistics and is_frozen[p]},
+        frozen={
+            p: placed(w, w.sharding, _kept_as(w, frozen_dtype))
+            for p, w in weights.items()
+            if p not in parts.statistics and is_frozen[p]
+        },
         model_state=model_state,
         averages={**params, **model_state} if averaged else {},
         opt_state=jax.tree.map(placed, opt_state, places),

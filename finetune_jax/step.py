@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from finetune_jax.methods.objective import Objective
 from finetune_jax.optim import where_finite
@@ -39,6 +40,10 @@ class Updates:
     """Decay of the moving averages of what it moves."""
     sam: float = 0.0
     """How far uphill in the parameters its gradient is taken."""
+    frozen_dtype: DTypeLike = jnp.float32
+    """Of the matrices that it does not move."""
+    penalty: Callable[[Flat], jax.Array] | None = None
+    """Of the parameters: what is added to the mean loss before its gradient is taken, and not to the loss that is told."""
 
 
 def make_train_step(
@@ -69,7 +74,11 @@ def make_train_step(
             return logits, flatten(nnx.state(model, nnx.BatchStat))
 
         total, weight, new_statistics = updates.objective(run, batch, key)
-        return total, (weight, new_statistics)
+        minimised = total
+        if updates.penalty is not None:
+            # Times the weight, by which the gradients of all micro-batches together are divided.
+            minimised = total + weight * updates.penalty(params)
+        return minimised, (total, weight, new_statistics)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -87,7 +96,7 @@ def make_train_step(
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 count with floats
             steps, opt_state = updates.optimizer.update(
-                grads, state.opt_state, state.params, weight=whole, norm=norm, finite=finite
+                grads, state.opt_state, state.params, weight=whole, norm=norm, finite=finite, gradients=grads
             )
             learning_rate = jnp.asarray(updates.schedule(state.step - state.skipped), jnp.float32)
         skipped = state.skipped + jnp.where(finite, 0, 1)
@@ -134,7 +143,7 @@ def summed_gradient(
     """(loss sum, weight sum, BatchNorm averages, gradient of the loss sum) over the micro-batches, in turn."""
 
     def of(statistics: Flat, rows: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat, Flat]:
-        (total, (weight, statistics)), grads = gradient(state.params, state.frozen, statistics, rows, key)
+        (_, (total, weight, statistics)), grads = gradient(state.params, state.frozen, statistics, rows, key)
         return total, weight, statistics, grads
 
     if accumulation == 1:

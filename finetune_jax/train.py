@@ -153,8 +153,8 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         for split, records in source.splits.items()
     }
     parts = batch_parts(job.mesh) * config.train.accumulation
-    batching, max_length = config.data.batching, config.data.max_length
-    shape = train_shape(examples["train"], config.train.batch_size, max_length, batching, parts)
+    batch_size, longest = config.train.batch_size, job.task.row_length
+    shape = train_shape(examples["train"], batch_size, longest, config.data.batching, parts)
     batches = Batches(examples["train"], shape, config.seed, parts=parts, mesh=job.mesh)
     total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
     batches.steps = total_steps
@@ -165,7 +165,8 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         inputs = {split: CachedFeatures(features, width) for split, features in examples.items()}
         batches.examples = inputs["train"]
     state = abstract_state_of(job, updates)
-    loaded, note = pretrained_weights(job, checkpoint, config.model.replace_head, config.model.reinit_layers)
+    model = config.model
+    loaded, note = pretrained_weights(job, checkpoint, model.replace_head, model.reinit_layers, config.seed)
     return Setup(
         config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note
     )
@@ -184,6 +185,7 @@ def first_state(setup: Setup) -> TrainState:
         job.mesh,
         seed,
         averaged=updates.ema is not None,
+        frozen_dtype=updates.frozen_dtype,
     )
 
 

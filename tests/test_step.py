@@ -133,7 +133,7 @@ def test_evaluation_is_exact_on_ragged_splits(kind, batching, devices, tmp_path)
     weights = initial_weights(job.parts, job.shardings, 0, {})
     examples = job.task.examples(source.splits["test"], train=False)
     found = [
-        evaluate(Forward(job, examples, size, 32, batching if size > 1 else "padded"), job, examples, weights)
+        evaluate(Forward(job, examples, size, batching if size > 1 else "padded"), job, examples, weights)
         for size in (1, 8, 64)
     ]
     for other in found[1:]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class TextFeatures:
         return len(self.example_ids)
 
     def tokens_of(self, segments: np.ndarray) -> int:
-        """Word pieces in these segments: the real tokens of a batch."""
+        """Pieces in these segments: the real tokens of a batch, and virtual ones."""
         return int((self.offsets[segments + 1] - self.offsets[segments]).sum())
 
     @property
@@ -282,6 +282,32 @@ def token_features(
         words=np.asarray(out.words, np.int32),
         word_offsets=np.append(0, np.cumsum([len(words) for words in sentences])).astype(np.int64),
         cut=np.asarray(out.cut, np.int64),
+    )
+
+
+def prompted(features: TextFeatures, ids: range) -> TextFeatures:
+    """The same, with these pieces before those of each segment: without a tag, and of no word."""
+    if not len(ids):
+        return features
+    count, lengths = len(ids), features.lengths
+    offsets = features.offsets + count * np.arange(len(features.offsets))
+    place = np.arange(len(features.input_ids)) + count * np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    is_virtual = np.ones(offsets[-1], bool)
+    is_virtual[place] = False
+
+    def spread(values: np.ndarray, filling: Any) -> np.ndarray:
+        made = np.empty(offsets[-1], values.dtype)
+        made[place], made[is_virtual] = values, filling
+        return made
+
+    by_piece = features.words.size > 0
+    return replace(
+        features,
+        input_ids=spread(features.input_ids, np.tile(np.asarray(ids, np.int32), len(lengths))),
+        token_type_ids=spread(features.token_type_ids, 0),
+        offsets=offsets,
+        labels=spread(features.labels, -1) if by_piece else features.labels,
+        words=spread(features.words, -1) if by_piece else features.words,
     )
 
 

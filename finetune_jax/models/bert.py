@@ -119,7 +119,14 @@ class SelfAttention(nnx.Module):
         self.dropout_rate = config.attention_probs_dropout_prob
         self.dtype, self.attend = dtype, compute.attend
 
-    def __call__(self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        segment_ids_BxL: jax.Array,
+        key: jax.Array | None,
+        prefix_Px2xD: jax.Array | None = None,
+    ) -> jax.Array:
+        """The prefix holds keys and values that every position sees beside its segment's."""
         B, L, D = x_BxLxD.shape
 
         def by_head(x_BxLxD: jax.Array) -> jax.Array:
@@ -129,19 +136,29 @@ class SelfAttention(nnx.Module):
         query_BxNxLxH, key_BxNxLxH = by_head(self.query(x_BxLxD, key)), by_head(self.key(x_BxLxD, key))
         value_BxNxLxH = by_head(self.value(x_BxLxD, key))
         drops = key is not None and self.dropout_rate > 0
-        kernel = None if drops else self.attend
+        kernel = None if drops or prefix_Px2xD is not None else self.attend
         if kernel is not None and kernel.takes(self.heads, L, D // self.heads, self.dtype):
             mixed_BxNxLxH = kernel(query_BxNxLxH, key_BxNxLxH, value_BxNxLxH, segment_ids_BxL)
             return mixed_BxNxLxH.swapaxes(1, 2).reshape(B, L, D)
-        scores_BxNxLxL = jnp.einsum(
-            "bnqh,bnkh->bnqk", query_BxNxLxH, key_BxNxLxH, preferred_element_type=jnp.float32
-        ) * ((D // self.heads) ** -0.5)
         # Padding is a segment too, so that no position is without one to look at: nothing reads what it computes.
-        visible_Bx1xLxL = (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+        visible_Bx1xLxK = (segment_ids_BxL[:, :, None] == segment_ids_BxL[:, None, :])[:, None]
+        key_BxNxKxH, value_BxNxKxH = key_BxNxLxH, value_BxNxLxH
+        if prefix_Px2xD is not None:
+            P = len(prefix_Px2xD)
+            prefix_2xNxPxH = (
+                prefix_Px2xD.astype(self.dtype).reshape(P, 2, self.heads, -1).transpose(1, 2, 0, 3)
+            )
+            before_2xBxNxPxH = jnp.broadcast_to(prefix_2xNxPxH[:, None], (2, B, *prefix_2xNxPxH.shape[1:]))
+            key_BxNxKxH = jnp.concatenate([before_2xBxNxPxH[0], key_BxNxLxH], axis=2)
+            value_BxNxKxH = jnp.concatenate([before_2xBxNxPxH[1], value_BxNxLxH], axis=2)
+            visible_Bx1xLxK = jnp.concatenate([jnp.ones((B, 1, L, P), bool), visible_Bx1xLxK], axis=3)
+        scores_BxNxLxK = jnp.einsum(
+            "bnqh,bnkh->bnqk", query_BxNxLxH, key_BxNxKxH, preferred_element_type=jnp.float32
+        ) * ((D // self.heads) ** -0.5)
         # The lowest float, not -inf: with segments each position sees itself, but no mask may ever give NaN.
-        scores_BxNxLxL = jnp.where(visible_Bx1xLxL, scores_BxNxLxL, jnp.finfo(jnp.float32).min)
-        weights_BxNxLxL = dropout(softmax(scores_BxNxLxL, self.dtype), self.dropout_rate, key)
-        mixed_BxNxLxH = jnp.einsum("bnqk,bnkh->bnqh", weights_BxNxLxL, value_BxNxLxH)
+        scores_BxNxLxK = jnp.where(visible_Bx1xLxK, scores_BxNxLxK, jnp.finfo(jnp.float32).min)
+        weights_BxNxLxK = dropout(softmax(scores_BxNxLxK, self.dtype), self.dropout_rate, key)
+        mixed_BxNxLxH = jnp.einsum("bnqk,bnkh->bnqh", weights_BxNxLxK, value_BxNxKxH)
         return mixed_BxNxLxH.swapaxes(1, 2).reshape(B, L, D)
 
 
@@ -188,9 +205,15 @@ class Layer(nnx.Module):
         self.output = Output(config.intermediate_size, config, compute.dtype, rngs)
         self.dtype = compute.dtype
 
-    def __call__(self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        segment_ids_BxL: jax.Array,
+        key: jax.Array | None,
+        prefix_Px2xD: jax.Array | None = None,
+    ) -> jax.Array:
         weights_key, attention_key, output_key = _split(key, 3)
-        mixed_BxLxD = self.attention.self(x_BxLxD, segment_ids_BxL, weights_key)
+        mixed_BxLxD = self.attention.self(x_BxLxD, segment_ids_BxL, weights_key, prefix_Px2xD)
         x_BxLxD = self.attention.output(mixed_BxLxD, x_BxLxD, attention_key).astype(self.dtype)
         return self.output(self.intermediate(x_BxLxD, output_key), x_BxLxD, output_key).astype(self.dtype)
 
@@ -214,7 +237,11 @@ class Pooler(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """Embeddings and encoder; the pooler where the head needs one."""
+    """Embeddings and encoder; the pooler where the head needs one.
+
+    A method of peft/ may add `prefix`, a module that gives TxPx2xD: for each of T layers P keys and values that all positions see.
+    They count as the positions before the first piece.
+    """
 
     def __init__(self, config: BertConfig, *, with_pooler: bool, compute: Compute, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, compute, rngs)
@@ -234,12 +261,20 @@ class Bert(nnx.Module):
         offset_BxLxD: jax.Array | None = None,
     ) -> jax.Array:
         embeddings_key, encoder_key = _split(key, 2)
+        prefix: Any = getattr(self, "prefix", None)
+        prefix_TxPx2xD = None if prefix is None else prefix()
+        if prefix_TxPx2xD is not None:
+            position_ids_BxL = position_ids_BxL + prefix_TxPx2xD.shape[1]
         x_BxLxD = self.embeddings(input_ids_BxL, token_type_ids_BxL, position_ids_BxL, offset_BxLxD)
         x_BxLxD = dropout(x_BxLxD, self.dropout_rate, embeddings_key).astype(self.compute.dtype)
-        return self._through_layers(x_BxLxD, segment_ids_BxL, encoder_key)
+        return self._through_layers(x_BxLxD, segment_ids_BxL, encoder_key, prefix_TxPx2xD)
 
     def _through_layers(
-        self, x_BxLxD: jax.Array, segment_ids_BxL: jax.Array, key: jax.Array | None
+        self,
+        x_BxLxD: jax.Array,
+        segment_ids_BxL: jax.Array,
+        key: jax.Array | None,
+        prefix_TxPx2xD: jax.Array | None,
     ) -> jax.Array:
         """All layers, in a row of copies or in a loop (all of them alike, then), with the same dropout either way."""
         graphdefs, weights = zip(*(nnx.split(layer) for layer in self.encoder.layer), strict=True)
@@ -248,12 +283,13 @@ class Bert(nnx.Module):
             x_BxLxD: jax.Array,
             weights: nnx.State,
             index: jax.Array,
+            prefix_Px2xD: jax.Array | None,
             segment_ids_BxL: jax.Array,
             key: Any,
             graphdef: Any,
         ) -> jax.Array:
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            x_BxLxD = nnx.merge(graphdef, weights)(x_BxLxD, segment_ids_BxL, layer_key)
+            x_BxLxD = nnx.merge(graphdef, weights)(x_BxLxD, segment_ids_BxL, layer_key, prefix_Px2xD)
             return self.compute.split_rows(x_BxLxD)
 
         # Under jit a layer is traced once and called, if layers are alike (peft/ may change some of them only); each copy would
@@ -269,12 +305,18 @@ class Bert(nnx.Module):
         if self.compute.scan_layers:
             (run,) = runs.values()
 
-            def scanned(x_BxLxD: jax.Array, layer: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+            def scanned(
+                x_BxLxD: jax.Array, layer: tuple[nnx.State, jax.Array, jax.Array | None]
+            ) -> tuple[jax.Array, None]:
                 return run(x_BxLxD, *layer, segment_ids_BxL, key), None
 
-            return jax.lax.scan(scanned, x_BxLxD, (self._stacked(weights), jnp.arange(len(weights))))[0]
+            layers = self._stacked(weights), jnp.arange(len(weights)), prefix_TxPx2xD
+            return jax.lax.scan(scanned, x_BxLxD, layers)[0]
         for index, state in enumerate(weights):
-            x_BxLxD = runs[graphdefs[index]](x_BxLxD, state, jnp.asarray(index), segment_ids_BxL, key)
+            prefix_Px2xD = None if prefix_TxPx2xD is None else prefix_TxPx2xD[index]
+            x_BxLxD = runs[graphdefs[index]](
+                x_BxLxD, state, jnp.asarray(index), prefix_Px2xD, segment_ids_BxL, key
+            )
         return x_BxLxD
 
     def _stacked(self, weights: Sequence[nnx.State]) -> nnx.State:

@@ -2,7 +2,7 @@
 
 Parameters and statistics are float32. Kernels are [in, out], convolution kernels HWIO, images NHWC. Letters of shapes:
 B rows or images, L tokens, S segments, D hidden, E features out, N heads, H height (head size in attention),
-W width, C channels or classes, G groups of a batch.
+W width, C channels or classes, G groups of a batch, T layers, P virtual tokens, K keys: P and L together.
 """
 
 import math
@@ -131,7 +131,7 @@ class Linear(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Rows of a float32 table; an index past its end gives NaN, so that it is noticed."""
+    """Rows of a table, float32; an index past its end gives NaN, so that it is noticed."""
 
     def __init__(
         self, count: int, width: int, init: Initializer, *, frozen_row: int | None = None, rngs: nnx.Rngs
@@ -142,7 +142,7 @@ class Embed(nnx.Module):
         self.frozen_row = frozen_row
 
     def __call__(self, ids_BxL: jax.Array) -> jax.Array:
-        x_BxLxD = jnp.take(self.embedding[...], ids_BxL, axis=0, mode="fill")
+        x_BxLxD = jnp.take(self.embedding[...], ids_BxL, axis=0, mode="fill").astype(jnp.float32)
         if self.frozen_row is None:
             return x_BxLxD
         frozen_BxLx1 = (ids_BxL == self.frozen_row)[:, :, None]

@@ -1,4 +1,7 @@
-"""Adapters as Hugging Face's `peft` has them: adapter_config.json and adapter_model.safetensors."""
+"""Adapters as Hugging Face's `peft` has them: adapter_config.json and adapter_model.safetensors.
+
+peft has no bottleneck adapters; ours are in the same two files, by our own names.
+"""
 
 import dataclasses
 import json
@@ -7,28 +10,41 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax.config import PeftConfig
 from finetune_jax.errors import UserError
 from finetune_jax.hf.files import Tensors, read_json
 from finetune_jax.hf.mapping import CONV, LINEAR, Family, Transform
-from finetune_jax.peft.install import ADDED, scales_input
+from finetune_jax.peft.adalora import phases, rank_pattern
+from finetune_jax.peft.install import ADDED, WORDS, adapted, lengths, scales_input
+from finetune_jax.peft.prompt import numbers
+from finetune_jax.tree import Flat
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-KINDS = {"lora": "LORA", "ia3": "IA3"}
+PROMPT_PREFIX = "base_model."
+KINDS = {
+    "lora": "LORA",
+    "adalora": "ADALORA",
+    "ia3": "IA3",
+    "prefix": "PREFIX_TUNING",
+    "prompt": "PROMPT_TUNING",
+    "bottleneck": "BOTTLENECK",
+}
+_VECTORS = {"prefix": "bert/prefix/prefix", "prompt": f"{WORDS}/prompt"}
+_PROMPT_KEY = "prompt_embeddings"
 _OFF: Mapping[str, tuple[Any, ...]] = {
     # What would change the arithmetic: field -> the values with which it does not.
-    "use_dora": (False, None),
     "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
     "lora_bias": (False, None),
     "bias": ("none", None),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
+    "num_transformer_submodules": (1, None),
 }
 _INIT_BY_BASE = ("pissa", "olora", "corda", "loftq")  # these change the base weights too
 
@@ -41,11 +57,32 @@ class Adapter:
     base: str | None
     """Hub id or folder of the model that it is for."""
     params: dict[str, np.ndarray]
-    """By our path: what the method adds, and the head."""
+    """By our path: what the method adds, and the head. DoRA's lengths are whole."""
+
+    def on(self, base: Mapping[str, np.ndarray]) -> Flat:
+        """The parameters as our layers have them beside these weights of the model."""
+        found = dict(self.params)
+        for path, value in self.params.items():
+            layer, _, name = path.rpartition("/")
+            kernel = base.get(f"{layer}/kernel")
+            if kernel is None:
+                continue
+            if name == "dora_m" and len(value) == kernel.shape[-1]:
+                found[path] = (value - lengths(kernel)).astype(np.float32)
+            if name == "lora_a" and value.ndim < kernel.ndim and len(value) == kernel[..., 0].size:
+                height, width, c_in, _ = kernel.shape  # AdaLoRA's of a convolution are flat there
+                found[path] = value.reshape(c_in, height, width, -1).transpose(1, 2, 0, 3)
+        return found
 
 
 def adapter_files(
-    family: Family, weights: Mapping[str, Any], config: PeftConfig, base: str | None, architecture: str
+    family: Family,
+    weights: Mapping[str, Any],
+    config: PeftConfig,
+    base: str | None,
+    architecture: str,
+    model_config: Any,
+    steps: int,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(adapter_config.json, tensors of adapter_model.safetensors) of a trained model.
 
@@ -55,40 +92,109 @@ def adapter_files(
         config: The method.
         base: What to write as the model that the adapter is for.
         architecture: HF's class.
+        model_config: Of the model, whose sizes peft writes down for prefix and prompt.
+        steps: Updates done.
     """
-    tensors, layers = {}, {}
-    for path, value in weights.items():
-        value = np.asarray(value).astype(np.float32, copy=False)
-        if re.fullmatch(ADDED, path):
-            layer, _, name = path.rpartition("/")
-            key = _module(family, layer)
-            layers[layer] = key
-            tail, transform = _place(config, layer, name)
-            tensors[f"{PREFIX}{key}.{tail}"] = np.ascontiguousarray(transform(value))
-        elif re.fullmatch(family.head, path):
-            row = family.names.to_hf(path)
-            assert row is not None
-            tensors[PREFIX + row[0]] = np.ascontiguousarray(row[1].to_hf(value))
+    values = {
+        path: np.asarray(value).astype(np.float32, copy=False)
+        for path, value in weights.items()
+        if re.fullmatch(f"{ADDED}|{family.head}", path) or path.endswith("/kernel")
+    }
     fields: dict[str, Any] = {
         "peft_type": KINDS[config.method],
         "task_type": _task_type(architecture),
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": sorted(layers.values()),
         "modules_to_save": ["classifier"],
     }
-    if config.method == "lora":
-        fields |= {
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "use_rslora": config.rslora,
-            "bias": "none",
-        }
+    if config.method in _VECTORS:
+        tensors = {_PROMPT_KEY: _vectors(values, config)}
+        fields |= _sizes(config, model_config)
+    elif config.method == "bottleneck":
+        added = {path: value for path, value in values.items() if re.fullmatch(ADDED, path)}
+        tensors = {PREFIX + path.replace("/", "."): value for path, value in added.items()}
+        fields |= {"width": config.width, "placement": config.placement}
+        fields["target_modules"] = sorted({path.rpartition("/")[0] for path in added})
     else:
-        forward = [key for layer, key in layers.items() if scales_input(config, layer)]
-        fields["feedforward_modules"] = sorted(forward)
-    return fields, tensors
+        modules = {layer: _module(family, layer) for layer in adapted(values)}
+        fields["target_modules"] = sorted(modules.values())
+        kept = rank_pattern(values) if config.method == "adalora" else {}
+        fields |= _of_layers(config, modules, kept, steps)
+        tensors = _layer_tensors(values, config, modules, kept)
+    prefix = PROMPT_PREFIX if config.method in _VECTORS else PREFIX
+    for path, value in values.items():
+        if re.fullmatch(family.head, path):
+            row = family.names.to_hf(path)
+            assert row is not None
+            tensors[prefix + row[0]] = row[1].to_hf(value)
+    return fields, {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+
+
+def _vectors(values: Mapping[str, np.ndarray], config: PeftConfig) -> np.ndarray:
+    """[P, ...]: prefix or prompt, without what it was trained through."""
+    path = _VECTORS[config.method]
+    if path in values:
+        return values[path]
+    names = ("table", "in", "in_bias", "out", "out_bias")
+    return np.asarray(numbers(*(jnp.asarray(values[f"{path}_{name}"]) for name in names)))
+
+
+def _sizes(config: PeftConfig, model_config: Any) -> dict[str, Any]:
+    fields = {
+        "num_virtual_tokens": config.virtual_tokens,
+        "token_dim": model_config.hidden_size,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": model_config.num_attention_heads,
+        "num_layers": model_config.num_hidden_layers,
+    }
+    if config.method == "prompt":
+        return {**fields, "prompt_tuning_init": "RANDOM"}
+    return {**fields, "encoder_hidden_size": model_config.hidden_size, "prefix_projection": False}
+
+
+def _of_layers(
+    config: PeftConfig, modules: Mapping[str, str], kept: Mapping[str, np.ndarray], steps: int
+) -> dict[str, Any]:
+    """Fields of a method that changes layers."""
+    if config.method == "ia3":
+        forward = [key for layer, key in modules.items() if scales_input(config, layer)]
+        return {"feedforward_modules": sorted(forward)}
+    fields = {"lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none"}
+    if config.method == "lora":
+        return {**fields, "r": config.rank, "use_rslora": config.rslora, "use_dora": config.dora}
+    start, end = phases(config, max(steps, 2))
+    return fields | {
+        "init_r": config.rank,
+        "target_r": config.target_rank,
+        "tinit": start,
+        "tfinal": max(steps, end) - end,
+        "deltaT": config.prune_every,
+        "beta1": config.sensitivity_decay,
+        "beta2": config.sensitivity_decay,
+        "orth_reg_weight": config.orthogonality,
+        "total_step": max(steps, end),
+        "rank_pattern": {f"{modules[layer]}.lora_E": mask.tolist() for layer, mask in kept.items()},
+    }
+
+
+def _layer_tensors(
+    values: Mapping[str, np.ndarray],
+    config: PeftConfig,
+    modules: Mapping[str, str],
+    kept: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    tensors = {}
+    for path, value in values.items():
+        layer, _, name = path.rpartition("/")
+        if layer not in modules or not re.fullmatch(ADDED, path):
+            continue
+        if name == "dora_m":
+            value = lengths(values[f"{layer}/kernel"]).astype(np.float32) + value
+        if layer in kept:
+            value = value[kept[layer]] if name in ("lora_e", "lora_b") else value[..., kept[layer]]
+        tail, transform = _place(config, layer, name)
+        tensors[f"{PREFIX}{modules[layer]}.{tail}"] = transform(value)
+    return tensors
 
 
 def read_adapter(folder: Path, family: Family) -> Adapter:
@@ -106,38 +212,68 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
     method = kinds.get(str(fields.get("peft_type")))
     if method is None:
         raise UserError(f"{folder}: peft_type {fields.get('peft_type')!r} is not among {', '.join(kinds)}")
-    for name, values in _OFF.items():
-        if name in fields and fields[name] not in values:
+    for name, allowed in _OFF.items():
+        if name in fields and fields[name] not in allowed:
             raise UserError(
-                f"{folder}: {name} {json.dumps(fields[name])} is not supported, only {json.dumps(values[0])}"
+                f"{folder}: {name} {json.dumps(fields[name])} is not supported, only {json.dumps(allowed[0])}"
             )
+    if method == "lora" and fields.get("rank_pattern"):
+        raise UserError(
+            f"{folder}: rank_pattern {json.dumps(fields['rank_pattern'])} is not supported, only {{}}"
+        )
     if str(fields.get("init_lora_weights", "")).lower().startswith(_INIT_BY_BASE):
         raise UserError(
             f"{folder}: init_lora_weights {fields['init_lora_weights']!r} changes the base model too; save it with peft's"
             " path_initial_model_for_weight_conversion"
         )
-    params, layers, forward = {}, set(), []
+    params: dict[str, np.ndarray] = {}
+    forward = set()
     with Tensors(folder, WEIGHTS_FILE) as tensors:
         for key in tensors:
-            path, value = _ours(family, key.removeprefix(PREFIX), tensors[key], folder)
+            path, value = _ours(family, method, key, tensors[key], folder)
             params[path] = value
-            if re.fullmatch(ADDED, path):
-                layers.add(path.rpartition("/")[0])
-                forward += [path.rpartition("/")[0]] if tensors.shape(key)[0] == 1 else []
-    if not layers:
+            if path.endswith("/ia3") and tensors.shape(key)[0] == 1:
+                forward.add(path.removesuffix("/ia3"))
+    added = [path for path in params if re.fullmatch(ADDED, path)]
+    if not added:
         raise UserError(f"{folder}: {WEIGHTS_FILE} has no layer of the method")
-    config = PeftConfig(method=method, targets=_exactly(layers))  # pyright: ignore[reportArgumentType]
-    if method == "ia3":
+    config = PeftConfig(method=method)  # pyright: ignore[reportArgumentType]
+    if method in _VECTORS:
+        return _adapter(dataclasses.replace(config, virtual_tokens=len(params[added[0]])), fields, params)
+    config = dataclasses.replace(config, targets=_exactly({path.rpartition("/")[0] for path in added}))
+    if method == "bottleneck":
+        widths = [params[path].shape[-1] for path in added if path.endswith("/adapter_down")]
+        placement = "houlsby" if fields.get("placement") == "houlsby" else "pfeiffer"
+        config = dataclasses.replace(config, width=widths[0] if widths else 1, placement=placement)
+    elif method == "ia3":
         config = dataclasses.replace(config, feedforward=_exactly(forward) or ("(?!)",))
-    if method == "lora":
+    else:
         config = dataclasses.replace(
             config,
-            rank=_number(fields, "r", 8, folder),
+            rank=_number(fields, "r" if method == "lora" else "init_r", 8, folder),
             alpha=float(_number(fields, "lora_alpha", 8, folder)),
             dropout=float(_number(fields, "lora_dropout", 0.0, folder)),
-            rslora=fields.get("use_rslora") is True,
+            rslora=method == "lora" and fields.get("use_rslora") is True,
+            dora=method == "lora" and fields.get("use_dora") is True,
         )
+        if method == "adalora":
+            params = _widened(params, config.rank)
+    return _adapter(config, fields, params)
+
+
+def _adapter(config: PeftConfig, fields: Mapping[str, Any], params: dict[str, np.ndarray]) -> Adapter:
     return Adapter(config, fields.get("base_model_name_or_path"), params)
+
+
+def _widened(params: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+    """AdaLoRA's arrays at the rank that they began with: what was pruned is zero."""
+    found = dict(params)
+    for path, value in params.items():
+        axis = {"lora_a": value.ndim - 1, "lora_e": 0, "lora_b": 0}.get(path.rpartition("/")[2])
+        if axis is not None and value.shape[axis] < rank:
+            room = [(0, rank - size if number == axis else 0) for number, size in enumerate(value.shape)]
+            found[path] = np.pad(value, room)
+    return found
 
 
 def _number(fields: Mapping[str, Any], name: str, default: Any, folder: Path) -> Any:
@@ -145,7 +281,7 @@ def _number(fields: Mapping[str, Any], name: str, default: Any, folder: Path) ->
     Raises:
         UserError: The field is none, or below 0.
     """
-    value, kind = fields.get(name, default), int if name == "r" else int | float
+    value, kind = fields.get(name, default), int if name in ("r", "init_r") else int | float
     if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < 1e9:
         raise UserError(f"{folder}: {name} {value!r} is not a number such as {default}")
     return value
@@ -176,26 +312,51 @@ def _place(config: PeftConfig, layer: str, name: str) -> tuple[str, Callable[[np
         shape = (1, -1) if scales_input(config, layer) else (-1, 1)
         return "ia3_l", lambda x: x.reshape(shape)
     convolution = layer.endswith("convolution")
+    if name == "dora_m":
+        return "lora_magnitude_vector", lambda x: x[None, :, None, None] if convolution else x
+    if config.method == "adalora":
+        if name == "lora_e":
+            return "lora_E", lambda x: x[:, None]
+        if name == "lora_b":
+            return "lora_B", lambda x: x.T
+        to_hf = (CONV if convolution else LINEAR).to_hf
+        return "lora_A", lambda x: to_hf(x).reshape(x.shape[-1], -1)
     if name == "lora_a":
         return "lora_A.weight", (CONV if convolution else LINEAR).to_hf
     return "lora_B.weight", lambda x: x.T[:, :, None, None] if convolution else x.T
 
 
-def _ours(family: Family, key: str, value: np.ndarray, folder: Path) -> tuple[str, np.ndarray]:
+_TAILS = (
+    (".lora_A.weight", "lora_a"),
+    (".lora_B.weight", "lora_b"),
+    (".lora_A", "lora_a"),
+    (".lora_B", "lora_b"),
+    (".lora_E", "lora_e"),
+    (".lora_magnitude_vector", "dora_m"),
+    (".ia3_l", "ia3"),
+)
+
+
+def _ours(family: Family, method: str, key: str, value: np.ndarray, folder: Path) -> tuple[str, np.ndarray]:
     """(path, array) of a tensor."""
-    for tail, name in ((".lora_A.weight", "lora_a"), (".lora_B.weight", "lora_b"), (".ia3_l", "ia3")):
-        row = family.names.from_hf(key.removesuffix(tail) + ".weight") if key.endswith(tail) else None
+    if key == _PROMPT_KEY and method in _VECTORS:
+        return _VECTORS[method], value
+    bare = re.sub(r"^base_model\.(model\.)?", "", key)
+    if method == "bottleneck" and re.fullmatch(ADDED, bare.replace(".", "/")):
+        return bare.replace(".", "/"), value
+    for tail, name in _TAILS:
+        row = family.names.from_hf(bare.removesuffix(tail) + ".weight") if bare.endswith(tail) else None
         if row is None:
             continue
         layer = row[0].rpartition("/")[0]
+        if name in ("ia3", "lora_e", "dora_m"):
+            return f"{layer}/{name}", value.reshape(-1)
         if value.ndim not in (2, 4):
-            raise UserError(f"{folder}: {PREFIX}{key} is {list(value.shape)}, must have 2 or 4 dimensions")
-        if name == "ia3":
-            return f"{layer}/ia3", value.reshape(-1)
+            raise UserError(f"{folder}: {key} is {list(value.shape)}, must have 2 or 4 dimensions")
         transform: Transform = CONV if value.ndim == 4 else LINEAR
         made = transform.from_hf(value)
         return f"{layer}/{name}", made[0, 0] if made.ndim == 4 and name == "lora_b" else made
-    row = family.names.from_hf(key)
+    row = family.names.from_hf(bare)
     if row is None or not re.fullmatch(family.head, row[0]):
-        raise UserError(f"{folder}: there is no place for the tensor {PREFIX}{key}")
+        raise UserError(f"{folder}: there is no place for the tensor {key}")
     return row[0], row[1].from_hf(value)

@@ -34,10 +34,18 @@ class LoraLinear(Linear):
         self.scale, self.rate, self.salt = scale, rate, zlib.crc32(name.encode())
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return super().__call__(x) + self.product(x, key)
+
+    def product(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """What is added."""
         if key is not None and self.rate:
             key = jax.random.fold_in(key, self.salt)
         narrow = jnp.dot(dropout(x, self.rate, key).astype(self.dtype), self.lora_a[...].astype(self.dtype))
-        return super().__call__(x) + jnp.dot(narrow, self.lora_b[...].astype(self.dtype)) * self.scale
+        return jnp.dot(self.between(narrow), self.lora_b[...].astype(self.dtype)) * self.scale
+
+    def between(self, narrow: jax.Array) -> jax.Array:
+        """What happens to the `rank` numbers on their way."""
+        return narrow
 
 
 class LoraConv(Conv):
@@ -55,8 +63,16 @@ class LoraConv(Conv):
         self.scale = scale
 
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
-        narrow = self.convolve(x_BxHxWxC, self.lora_a[...])
-        return super().__call__(x_BxHxWxC) + jnp.dot(narrow, self.lora_b[...].astype(self.dtype)) * self.scale
+        return super().__call__(x_BxHxWxC) + self.product(x_BxHxWxC)
+
+    def product(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        """What is added."""
+        narrow = self.between(self.convolve(x_BxHxWxC, self.lora_a[...]))
+        return jnp.dot(narrow, self.lora_b[...].astype(self.dtype)) * self.scale
+
+    def between(self, narrow: jax.Array) -> jax.Array:
+        """What happens to the `rank` numbers on their way."""
+        return narrow
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:

@@ -57,6 +57,11 @@ class Task(abc.ABC):
         """Width of the logits."""
         return len(self.labels) if self.labels is not None else 1
 
+    @property
+    def row_length(self) -> int:
+        """Pieces of the longest example; images have none."""
+        return 1
+
     @abc.abstractmethod
     def examples(
         self, records: Records, *, train: bool, cache_key: tuple[Any, ...] | None = None

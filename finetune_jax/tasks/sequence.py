@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax import metrics
-from finetune_jax.data.text import TextFeatures, TextTokenizer, cached, save_tokenizer, sequence_features
+from finetune_jax.data.text import (
+    TextFeatures,
+    TextTokenizer,
+    cached,
+    prompted,
+    save_tokenizer,
+    sequence_features,
+)
 from finetune_jax.models.bert import BertForSequenceClassification
 from finetune_jax.tasks.base import OFFSET, ClassTask, LossSums, Records, Task, text_field
 
@@ -22,6 +29,13 @@ class TextTask(Task):
     tokenizer: TextTokenizer
     max_length: int
     cache: Path | None
+    virtual_ids: range = range(0)
+    """Put before every text: no word pieces, but rows of a prompt (peft/prompt.py)."""
+
+    @property
+    def row_length(self) -> int:
+        """Pieces of the longest text, virtual ones too."""
+        return self.max_length + len(self.virtual_ids)
 
     def save_inputs(self, folder: Path) -> None:
         """The tokenizer's files."""
@@ -35,10 +49,11 @@ class TextTask(Task):
 
     def _cached(self, key: tuple[Any, ...] | None, make: Any) -> TextFeatures:
         if key is None or self.cache is None:
-            return make()
-        return cached(
-            self.cache, (type(self).__name__, self.tokenizer.fingerprint, self.max_length, *key), make
-        )
+            features = make()
+        else:
+            key = (type(self).__name__, self.tokenizer.fingerprint, self.max_length, *key)
+            features = cached(self.cache, key, make)
+        return prompted(features, self.virtual_ids)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""LoRA and (IA)3: their papers' equations, nothing changed at the start, resume, merging, and Hugging Face's peft both ways."""
+"""Methods that add parameters: their papers' equations, the start, resume, merging, and Hugging Face's peft both ways."""
 
 import dataclasses
 import json
@@ -13,16 +13,22 @@ from flax import nnx
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from finetune_jax import train as loop
-from finetune_jax.config import PeftConfig
+from finetune_jax.config import OptimConfig, PeftConfig
+from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
 from finetune_jax.job import open_model
+from finetune_jax.models.bert import BertConfig, Output
 from finetune_jax.models.layers import Conv, Linear
+from finetune_jax.peft.adalora import budget, layers_of, orthogonality, pruned
+from finetune_jax.peft.bottleneck import HoulsbyOutput, PfeifferOutput
+from finetune_jax.peft.dora import DoraLinear
 from finetune_jax.peft.ia3 import Ia3Linear
 from finetune_jax.peft.install import is_added, merged
 from finetune_jax.peft.lora import LoraConv, LoraLinear
 from finetune_jax.predict import predict
-from finetune_jax.step import make_forward
+from finetune_jax.step import make_forward, make_train_step
+from finetune_jax.tree import flatten, unflatten
 from tests import tiny
 from tests.tiny import assert_same_bits, config_of, saved
 
@@ -39,11 +45,26 @@ METHODS = {
     ),
     "one layer": PeftConfig("lora", (r"layer/1/.*query$",), rank=2, alpha=4.0),
     "ia3": PeftConfig("ia3"),
+    "dora": PeftConfig("lora", rank=4, alpha=8.0, dora=True, dropout=0.2),
+    "adalora": PeftConfig("adalora", rank=4, alpha=8.0, target_rank=2, prune_every=1, dropout=0.1),
+    "pfeiffer": PeftConfig("bottleneck", width=4),
+    "houlsby": PeftConfig("bottleneck", width=4, placement="houlsby"),
+    "prefix": PeftConfig("prefix", virtual_tokens=3),
+    "prefix through a layer": PeftConfig("prefix", virtual_tokens=3, prefix_hidden=8),
+    "prompt": PeftConfig("prompt", virtual_tokens=3),
 }
+ALONE = ("pfeiffer", "houlsby", "prefix", "prefix through a layer", "prompt")
+"""Those that cannot be multiplied into the model."""
+OURS = ("pfeiffer", "houlsby")
+"""Those that peft has not."""
+MOVES_THE_START = ("prefix", "prefix through a layer", "prompt")
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 AUTO = {"text": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft asks transformers
+    # peft's own AdaLoRA folders give it too: it looks for layers of these names.
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
 ]
 
 
@@ -118,15 +139,221 @@ def test_ia3_is_its_equation(scales_input):
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-5)
 
 
+def test_dora_is_its_equation():
+    """m (W + s A B) / |W + s A B| by columns, and the gradient with the norm held (arXiv:2402.09353, eqs. 5 and 11), by torch."""
+    rng = np.random.default_rng(0)
+    base = Linear(6, 5, nnx.initializers.normal(1.0), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = DoraLinear(base, 3, 0.7, 0.0, "x", nnx.Rngs(1))
+    layer.lora_b[...], layer.dora_m[...] = jnp.asarray(values(rng, 3, 5)), jnp.asarray(values(rng, 5))
+    x = values(rng, 4, 6)
+
+    graphdef, flat = nnx.graphdef(layer), flatten(nnx.state(layer))
+
+    def ours(parameters):
+        named = dict(zip(("lora_a", "lora_b", "dora_m"), parameters, strict=True))
+        made = nnx.merge(graphdef, unflatten({**flat, **named}), copy=True)
+        return jnp.sum(jnp.square(made(jnp.asarray(x))))
+
+    parameters = tuple(value[...] for value in (layer.lora_a, layer.lora_b, layer.dora_m))
+    found, gradients = jax.value_and_grad(ours)(parameters)
+    kernel, bias = (torch.tensor(np.asarray(value[...])) for value in (base.kernel, base.bias))
+    a, b, m = (torch.tensor(np.asarray(value)).requires_grad_() for value in parameters)
+    moved = kernel + 0.7 * a @ b
+    turned = (kernel.norm(dim=0) + m) * moved / moved.norm(dim=0).detach()
+    expected = (torch.tensor(x) @ turned + bias).square().sum()
+    expected.backward()
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-5)
+    for mine, theirs in zip(gradients, (a, b, m), strict=True):
+        np.testing.assert_allclose(mine, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [HoulsbyOutput, PfeifferOutput])
+def test_bottlenecks_are_their_equations(kind):
+    rng = np.random.default_rng(0)
+    config = BertConfig(hidden_size=6, layer_norm_eps=1e-12)
+    layer = kind(Output(4, config, jnp.float32, nnx.Rngs(0)), 2, "relu", nnx.Rngs(1))
+    for name in ("down", "down_bias", "up", "up_bias"):
+        value = getattr(layer, f"adapter_{name}")
+        value[...] = jnp.asarray(values(rng, *value.shape))
+    x, residual = values(rng, 1, 3, 4), values(rng, 1, 3, 6)
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+
+    def through(x):
+        down, down_bias, up, up_bias = (
+            np.asarray(getattr(layer, f"adapter_{n}")[...]) for n in ("down", "down_bias", "up", "up_bias")
+        )
+        return np.maximum(x @ down + down_bias, 0) @ up + up_bias
+
+    dense = x @ np.asarray(layer.dense.kernel[...])
+    inside = dense if kind is HoulsbyOutput else norm(dense + residual)
+    expected = norm(dense + through(inside) + residual)
+    np.testing.assert_allclose(layer(jnp.asarray(x), jnp.asarray(residual), None), expected, atol=1e-5)
+
+
+def test_the_budget_falls_along_a_cubic_curve():
+    """arXiv:2303.10512, eq. 12: all until t_i, then down to the target, which holds from T - t_f."""
+    config = PeftConfig("adalora", rank=6, target_rank=2, prune_from=0.2, prune_until=0.8)
+    found = [int(budget(step, config, 5, 50)) for step in range(51)]
+    for step, value in enumerate(found):
+        left = min(max(1 - (step - 10) / 30, 0), 1)
+        assert value == (10 if step >= 40 else round(10 + 20 * left**3))
+    assert found[0] == found[10] == 30
+    assert found[40:] == [10] * 11
+
+
+def test_adalora_prunes_as_algorithm_1():
+    """Twelve updates of two layers against a NumPy derivation of arXiv:2303.10512, eqs. 8 to 11, with budgets and pruning."""
+    rng = np.random.default_rng(0)
+    config = PeftConfig("adalora", rank=3, target_rank=1, prune_from=0.25, prune_until=0.75, prune_every=2)
+    shapes = {"lora_a": (4, 3), "lora_e": (3,), "lora_b": (3, 5)}
+    paths = {f"{layer}/{name}": shape for layer in ("x", "y") for name, shape in shapes.items()}
+    params = {path: values(rng, *shape) for path, shape in paths.items()} | {"head/kernel": values(rng, 2)}
+    transform = pruned(config, 12)
+    state = transform.init(jax.tree.map(jnp.asarray, params))
+    mine = {path: value.astype(np.float64) for path, value in params.items()}
+    mean, spread = ({path: np.zeros(shape) for path, shape in paths.items()} for _ in range(2))
+    kept = np.ones(6, bool)
+    for step in range(1, 13):
+        gradients = {path: values(rng, *value.shape) for path, value in params.items()}
+        updates = {path: 0.1 * values(rng, *value.shape) for path, value in params.items()}
+        made, state = transform.update(
+            jax.tree.map(jnp.asarray, updates), state, params, gradients=gradients, weight=2.0
+        )
+        params = {path: np.asarray(params[path] + made[path]) for path in params}
+        for path in paths:
+            now = np.abs(mine[path] * gradients[path] / 2.0)
+            mean[path] = 0.85 * mean[path] + 0.15 * now
+            spread[path] = 0.85 * spread[path] + 0.15 * np.abs(now - mean[path])
+        score = {path: mean[path] * spread[path] for path in paths}
+        each = [
+            score[f"{layer}/lora_e"] + score[f"{layer}/lora_a"].mean(0) + score[f"{layer}/lora_b"].mean(1)
+            for layer in ("x", "y")
+        ]
+        left = min(max(1 - (step - 3) / 6, 0), 1)
+        places = 2 if step >= 9 else round(2 + 4 * left**3)
+        if step <= 9:
+            kept = np.zeros(6, bool)
+            kept[np.argsort(-np.concatenate(each))[:places]] = True
+        mine = {path: mine[path] + updates[path] for path in mine}
+        if step >= 9 or (step > 3 and (step - 3) % 2 == 0):
+            for layer, mask in zip(("x", "y"), np.split(kept, 2), strict=True):
+                mine[f"{layer}/lora_e"] = mine[f"{layer}/lora_e"] * mask
+        for path in params:
+            np.testing.assert_allclose(
+                params[path], mine[path], rtol=1e-4, atol=1e-6, err_msg=f"{step} {path}"
+            )
+    assert sum((params[f"{layer}/lora_e"] != 0).sum() for layer in ("x", "y")) == 2
+
+
+def test_the_penalty_is_that_of_the_paper():
+    """|P^T P - I|^2 + |Q Q^T - I|^2, Frobenius, over all layers (arXiv:2303.10512, eqs. 3 and 4)."""
+    rng = np.random.default_rng(0)
+    params = {
+        f"{layer}/{name}": values(rng, *shape)
+        for layer in ("x", "y")
+        for name, shape in (("lora_a", (3, 3, 4, 2)), ("lora_e", (2,)), ("lora_b", (2, 5)))
+    }
+    total = 0.0
+    for layer in ("x", "y"):
+        q, p = params[f"{layer}/lora_a"].reshape(-1, 2).T, params[f"{layer}/lora_b"].T
+        total += np.linalg.norm(p.T @ p - np.eye(2)) ** 2 + np.linalg.norm(q @ q.T - np.eye(2)) ** 2
+    np.testing.assert_allclose(orthogonality(0.3)(jax.tree.map(jnp.asarray, params)), 0.3 * total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_penalty_is_added_once_and_not_told(accumulation, tmp_path):
+    """The update of a step of SGD differs by the penalty's gradient, whatever the micro-batches; the loss does not."""
+    config = of_method(config_of("text", tmp_path, steps=1), "adalora")
+    config = replace(
+        config,
+        peft=replace(config.peft, dropout=0.0),
+        model=replace(config.model, hf_config={**config.model.hf_config, **STILL}),
+        data=replace(config.data, batching="padded"),
+        optim=OptimConfig(name="sgd", learning_rate=1.0, schedule="constant", momentum=0.0, clip_norm=None),
+    )
+    setup = loop.prepare(config, jax.devices()[ONE])
+    found = []
+    for penalty in (None, setup.updates.penalty):
+        state = loop.first_state(setup)
+        step = make_train_step(
+            setup.job.task, setup.job.parts, replace(setup.updates, penalty=penalty), accumulation
+        )
+        with jax.numpy_dtype_promotion("standard"):
+            new, sums = jax.jit(step)(state, setup.batches[0])
+        found.append((new.params, sums["loss"]))
+        start = state.params
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    expected = jax.grad(setup.updates.penalty)(start)
+    for path, gradient in expected.items():
+        np.testing.assert_allclose(found[0][0][path] - found[1][0][path], gradient, atol=1e-5, err_msg=path)
+
+
+def test_adalora_ends_at_its_budget(tmp_path):
+    config = of_method(config_of("text", tmp_path, steps=8), "adalora")
+    loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+    weights = saved(tmp_path / "run")[1]["weights"]
+    layers = layers_of(weights)
+    assert len(layers) == 12
+    assert sum((np.asarray(weights[f"{layer}/lora_e"]) != 0).sum() for layer in layers) == 2 * len(layers)
+    start = saved_ranks(replace(config, peft=replace(config.peft, prune_until=1.0)), tmp_path / "late")
+    assert start == 2 * len(layers), "pruned with the last update"
+
+
+def saved_ranks(config, run):
+    loop.train(config, run, devices=jax.devices()[ONE])
+    weights = saved(run)[1]["weights"]
+    return sum((np.asarray(weights[f"{layer}/lora_e"]) != 0).sum() for layer in layers_of(weights))
+
+
+def test_a_prompt_begins_with_words_of_the_vocabulary(base, tmp_path):
+    config = on(of_method(config_of("text", tmp_path), "prompt"), base("text"))
+    weights = loop.first_state(loop.prepare(config, jax.devices()[ONE])).weights
+    table = np.asarray(weights["bert/embeddings/word_embeddings/embedding"])
+    prompt = np.asarray(weights["bert/embeddings/word_embeddings/prompt"])
+    assert all((table == row).all(axis=1).any() for row in prompt)
+    other = loop.first_state(loop.prepare(replace(config, seed=1), jax.devices()[ONE])).weights
+    assert not np.array_equal(prompt, other["bert/embeddings/word_embeddings/prompt"])
+
+
+def test_virtual_pieces_stand_before_every_segment():
+    offsets = np.array([0, 2, 5])
+    features = TextFeatures(
+        input_ids=np.array([7, 8, 4, 5, 6], np.int32),
+        token_type_ids=np.array([0, 1, 0, 0, 1], np.uint8),
+        offsets=offsets,
+        example_ids=np.array([0, 1], np.int32),
+        labels=np.array([-1, 3, -1, 2, 1], np.int32),
+        words=np.array([-1, 0, -1, 1, 2], np.int32),
+        word_offsets=np.array([0, 1, 3]),
+        cut=np.asarray(0),
+    )
+    made = prompted(features, range(90, 92))
+    assert made.input_ids.tolist() == [90, 91, 7, 8, 90, 91, 4, 5, 6]
+    assert made.token_type_ids.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 1]
+    assert made.offsets.tolist() == [0, 4, 9]
+    assert made.labels.tolist() == [-1, -1, -1, 3, -1, -1, -1, 2, 1]
+    assert made.words.tolist() == [-1, -1, -1, 0, -1, -1, -1, 1, 2]
+    assert prompted(features, range(0)) is features
+
+
 def of_method(config, name):
-    model = replace(config.model, batch_norm="frozen") if config.model.family == "resnet" else config.model
-    return replace(config, model=model, peft=METHODS[name])
+    if config.model.family != "resnet":
+        return replace(config, peft=METHODS[name])
+    # Convolutions have no dropout of what goes into a product, and running averages belong to the model.
+    model, method = replace(config.model, batch_norm="frozen"), replace(METHODS[name], dropout=0.0)
+    return replace(config, model=model, peft=method)
 
 
-CASES = [("text", name) for name in METHODS] + [("token", "lora"), ("image", "lora")]
+CASES = [
+    *(("text", name) for name in METHODS),
+    *(("token", name) for name in ("lora", "prefix", "prompt")),
+    *(("image", name) for name in ("lora", "dora", "adalora", "pfeiffer")),
+]
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize(("kind", "name"), [case for case in CASES if case[1] not in MOVES_THE_START])
 def test_at_the_start_the_model_is_the_base(kind, name, tmp_path):
     """The bits of the logits, and the weights that the run would have begun with."""
     logits, weights = [], []
@@ -153,7 +380,8 @@ def test_only_the_method_and_the_head_learn_and_a_stopped_run_goes_on(kind, name
     assert_same_bits(whole, saved(tmp_path / "parts"))
     for path, value in whole[1]["weights"].items():
         moved = np.asarray(value).tobytes() != np.asarray(start[path]).tobytes()
-        assert moved == (is_added(path) or path.startswith("classifier/")), path
+        if not path.endswith("/lora_e"):  # all of a layer may have been pruned, which is where they began
+            assert moved == (is_added(path) or path.startswith("classifier/")), path
     moments = {str(path) for path, _ in jax.tree.flatten_with_path(whole[1]["training"]["opt_state"])[0]}
     assert not any(path.endswith("kernel']") and "classifier" not in path for path in moments)
 
@@ -206,7 +434,7 @@ def logits_of(model, rows):
     return [np.asarray(row["logits"]) for row in predict(*open_model(str(model)), rows, logits=True)]
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize(("kind", "name"), [case for case in CASES if case[1] not in ALONE])
 def test_merged_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
     run = runs(kind, name)
     assert export(run, tmp_path / "hf", verify=True) <= 1e-5
@@ -237,11 +465,19 @@ def their_logits(model, folder, kind, rows):
         encoded = tokenizer(text, return_tensors="pt", is_split_into_words=kind == "token")
         with torch.no_grad():
             made = model(**encoded).logits[0].numpy()
-        found.append(made[1:-1] if kind == "token" else made)
+        # peft gives the logits of a prompt too, before those of the text.
+        found.append(made[-1 - len(text) : -1] if kind == "token" else made)
     return found
 
 
-@pytest.mark.parametrize(("kind", "name"), [case for case in CASES if case[0] != "image"])
+@pytest.mark.parametrize("name", ALONE)
+def test_what_cannot_be_merged_is_said(name, runs, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be multiplied into the model; add --adapter"):
+        export(runs("text", name), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(("kind", "name"), [c for c in CASES if c[0] != "image" and c[1] not in OURS])
 def test_peft_opens_what_we_write(kind, name, runs, base, tmp_path):
     run = runs(kind, name)
     export(run, tmp_path / "adapter", adapter=True)
@@ -272,15 +508,29 @@ def test_peft_opens_what_we_write(kind, name, runs, base, tmp_path):
             feedforward_modules=["output.dense"],
             init_ia3_weights=False,
         ),
+        lambda task: peft.LoraConfig(task_type=task, r=3, use_dora=True, init_lora_weights=False),
+        lambda task: peft.AdaLoraConfig(
+            task_type=task,
+            init_r=5,
+            target_r=2,
+            total_step=9,
+            target_modules=["query", "output.dense"],
+            init_lora_weights=False,
+        ),
+        lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4),
+        lambda task: peft.PrefixTuningConfig(
+            task_type=task, num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=6
+        ),
+        lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4),
     ],
-    ids=["rslora", "lora", "ia3"],
+    ids=["rslora", "lora", "ia3", "dora", "adalora", "prefix", "prefix through a layer", "prompt"],
 )
 def test_we_open_what_peft_writes(kind, config, base, tmp_path):
     torch.manual_seed(0)
     task = "SEQ_CLS" if kind == "text" else "TOKEN_CLS"
     model = peft.get_peft_model(AUTO[kind].from_pretrained(base(kind)), config(task)).eval()
     for name, value in model.named_parameters():
-        if "ia3" in name or "modules_to_save" in name:
+        if "ia3" in name or "modules_to_save" in name or "magnitude" in name:
             torch.nn.init.normal_(value, 1.0, 0.3)
     model.save_pretrained(tmp_path / "adapter")
     rows = inputs(kind, tmp_path)
@@ -292,8 +542,9 @@ def test_we_open_what_peft_writes(kind, config, base, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora true is not supported, only false"),
-        ({"peft_type": "OFT"}, "peft_type 'OFT' is not among LORA, IA3"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out true is not supported, only false"),
+        ({"peft_type": "OFT"}, "peft_type 'OFT' is not among LORA, ADALORA, IA3"),
+        ({"rank_pattern": {"query": 2}}, 'rank_pattern {"query": 2} is not supported, only {}'),
         ({"base_model_name_or_path": None}, "does not name its model; set base_model_name_or_path"),
         ({"r": "eight"}, "r 'eight' is not a number such as 8"),
         ({"lora_alpha": None}, "lora_alpha None is not a number such as 8"),
@@ -332,11 +583,17 @@ def test_an_adapter_for_another_model_is_said(runs, tmp_path):
     [
         ("text", {"peft": {"method": "lora", "rank": 17}}, "peft.rank 17 is over 16, the smaller side of bert/encoder/layer/0/attention/self/query; lower it"),
         ("text", {"peft": {"method": "lora", "targets": ["qery"]}}, "peft.targets: regex 'qery' matches no layer; the nearest are"),
-        ("image", {"peft": {"method": "ia3"}, "model": {"batch_norm": "frozen"}}, "peft.method ia3 is not for family resnet; it has lora"),
+        ("image", {"peft": {"method": "ia3"}, "model": {"batch_norm": "frozen"}}, "peft.method ia3 is not for family resnet; it has lora, adalora, bottleneck"),
         ("image", {"peft": {"method": "lora"}}, "peft.method lora leaves the running averages to the adapter's model; set model.batch-norm frozen"),
         ("text", {"peft": {"method": "lora", "targets": ["layer/1/.*query$"]}, "model": {"scan_layers": True}}, "model.scan-layers needs layers that are alike"),
-        ("text", {"peft": {"method": "ia3", "rank": 4}}, "peft.method is ia3, which has no rank"),
+        ("text", {"peft": {"method": "ia3", "rank": 4}}, "peft.rank is for lora and adalora, peft.method is ia3; leave one of them out"),
         ("text", {"peft": {"method": "lora", "feedforward": ["output"]}}, "peft.feedforward is for ia3, peft.method is lora"),
+        ("text", {"peft": {"method": "adalora", "target_rank": 9}}, "peft.target-rank 9 is over peft.rank 8, from which it falls; lower it"),
+        ("text", {"peft": {"method": "adalora", "prune_until": 0.1}}, "peft.prune-until 0.1 must be over peft.prune-from 0.1"),
+        ("text", {"peft": {"method": "adalora"}, "methods": {"ema": 0.9}}, "peft.method adalora and methods.ema exclude each other"),
+        ("text", {"peft": {"method": "bottleneck", "width": 17}}, "peft.width 17 is over 16, the width of bert/encoder/layer/0/output; lower it"),
+        ("text", {"peft": {"method": "prompt", "virtual_tokens": 33}}, "data.max-length 32 with peft.virtual-tokens 33 is over the model's 64 positions; lower it"),
+        ("image", {"peft": {"method": "prefix"}, "model": {"batch_norm": "frozen"}}, "peft.method prefix is not for family resnet; it has lora"),
         ("text", {"peft": {"rank": 4}}, "peft.method is none, other fields of peft are set"),
         ("text", {"peft": {"method": "ia3"}, "model": {"train": "head"}}, "model.train head would leave peft.method ia3 untrained"),
         ("text", {"peft": {"method": "lora", "dropout": 1.0}}, "peft.dropout is 1.0, must be from 0 to 0.999"),
@@ -375,3 +632,32 @@ def test_last_layers_start_anew(kind, layers, base, tmp_path):
         np.testing.assert_array_equal(value, expected[path], path)
     with pytest.raises(UserError, match=r"model.reinit-layers is 3, the model has 2; lower it"):
         loop.prepare(replace(config, model=replace(config.model, reinit_layers=3)), one)
+
+
+def test_frozen_matrices_may_be_bfloat16(base, tmp_path):
+    """A run whose frozen matrices were rounded beforehand takes the same updates, from half the bytes."""
+    config = on(of_method(config_of("text", tmp_path, steps=4), "lora"), base("text"))
+    one = jax.devices()[ONE]
+    half = replace(config, model=replace(config.model, frozen_dtype="bfloat16"))
+    loop.train(half, tmp_path / "whole", devices=one)
+    with pytest.raises(loop.Stopped):
+        loop.train(half, tmp_path / "parts", devices=one, stop_at=2)
+    loop.train(half, tmp_path / "parts", devices=one)
+    whole = saved(tmp_path / "whole")
+    assert_same_bits(whole, saved(tmp_path / "parts"))
+    for path, value in whole[1]["weights"].items():
+        is_frozen_matrix = value.ndim > 1 and not is_added(path) and not path.startswith("classifier/")
+        assert (value.dtype == jnp.bfloat16) == is_frozen_matrix, path
+
+    setup = loop.prepare(config, one)
+    for path, value in setup.loaded.items():
+        if value.ndim > 1 and not path.startswith("classifier/"):
+            setup.loaded[path] = np.asarray(jnp.asarray(value).astype(jnp.bfloat16).astype(jnp.float32))
+    state = loop.first_state(setup)
+    step = make_train_step(setup.job.task, setup.job.parts, setup.updates, 1)
+    with jax.numpy_dtype_promotion("standard"):
+        for number in range(4):
+            state = jax.jit(step)(state, setup.batches[number])[0]
+    for path, value in state.params.items():
+        np.testing.assert_allclose(whole[1]["weights"][path], value, atol=1e-6, err_msg=path)
+    assert export(tmp_path / "whole", tmp_path / "hf", verify=True) <= 1e-5

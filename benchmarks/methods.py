@@ -1,0 +1,358 @@
+"""What each way to fine-tune gives: the table of docs/methods.md.
+
+    python benchmarks/methods.py --data $FINETUNE_JAX_DATA --results methods.jsonl --write docs/methods.md
+
+Each run is the train command with a row's words, in a process of its own; its figures are one line of `--results`, and what has a
+line there is not run again: the command can be stopped and given again, or be given `--rows`, `--tasks` and `--seeds` bit by bit.
+`--jobs 2` runs two at once, each on half of the cores. Scores are those of the test split after the last step, but for the best step
+on validation on wnut17.
+
+    python benchmarks/methods.py --data $FINETUNE_JAX_DATA --results methods.jsonl --timing
+
+times steps instead: rows in turns with the plain one, alone on the machine, for step time and peak memory relative to it.
+`--write FILE` puts the table between <!-- methods --> and <!-- end --> of a page.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from pages import put
+
+HERE = Path(__file__).parent
+PLAIN = "full fine-tuning"
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """Data, recipe and what is scored."""
+
+    recipe: str
+    metric: str
+    rate: float
+    """Learning rate of full fine-tuning."""
+    words: tuple[str, ...]
+    folder: str
+    """In the data."""
+    is_text: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to fine-tune."""
+
+    words: tuple[str, ...]
+    rate: float = 1.0
+    """Learning rate over that of full fine-tuning."""
+    tasks: tuple[str, ...] = ("wnut17", "sst2, 1,000", "sst2", "banking77, 10-shot")
+
+
+LAST = ("--evaluation.every-steps", "1000000")
+TASKS = {
+    "wnut17": TaskRow("wnut17_ner.py", "f1", 3e-4, (), "wnut17"),
+    "sst2, 1,000": TaskRow(
+        "sst2_local.py",
+        "accuracy",
+        1e-4,
+        ("--data.max-train-examples", "1000", "--train.epochs", "6", *LAST),
+        "sst2",
+    ),
+    "sst2": TaskRow("sst2_local.py", "accuracy", 1e-4, LAST, "sst2"),
+    "banking77, 10-shot": TaskRow(
+        "banking77.py",
+        "accuracy",
+        3e-4,
+        ("--data.validation-fraction", "0", "--train.epochs", "20", *LAST),
+        "banking77",
+    ),
+    "cifar10, 5,000": TaskRow(
+        "cifar10_resnet18.py",
+        "accuracy",
+        0.1,
+        ("--data.max-train-examples", "5000", "--train.epochs", "12", *LAST),
+        "cifar10",
+        is_text=False,
+    ),
+}
+EVERYWHERE = tuple(TASKS)
+CLASSES = ("sst2, 1,000", "sst2", "banking77, 10-shot")
+IMAGES = ("cifar10, 5,000",)
+ROWS = {
+    PLAIN: Row((), tasks=EVERYWHERE),
+    "LoRA, rank 8": Row(("--peft.method", "lora"), 10),
+    "LoRA, rank 8, all layers": Row(
+        ("--peft.method", "lora", "--peft.targets", r"layer/\d+/.*(query|key|value|dense)$"), 5
+    ),
+    "DoRA, rank 8": Row(("--peft.method", "lora", "--peft.dora"), 10),
+    "AdaLoRA, rank 8 to 4": Row(("--peft.method", "adalora"), 10),
+    "(IA)3": Row(("--peft.method", "ia3"), 30),
+    "bottleneck, Pfeiffer": Row(("--peft.method", "bottleneck"), 10),
+    "bottleneck, Houlsby": Row(("--peft.method", "bottleneck", "--peft.placement", "houlsby"), 10),
+    "prefix": Row(("--peft.method", "prefix"), 30),
+    "prefix, re-parametrised": Row(("--peft.method", "prefix", "--peft.prefix-hidden", "128"), 10),
+    "prompt": Row(("--peft.method", "prompt"), 30),
+    "biases (BitFit)": Row(("--model.train", "bias"), 10),
+    "LayerNorm": Row(("--model.train", "norm"), 10),
+    "head (linear probe)": Row(("--model.train", "head"), 30),
+    "layer decay 0.8": Row(("--optim.layer-decay", "0.8")),
+    "gradual unfreezing": Row(("--optim.unfreeze-every", "10")),
+    "R-Drop 1": Row(("--methods.r-drop", "1")),
+    "FGM": Row(("--methods.adversarial", "fgm")),
+    "PGD": Row(("--methods.adversarial", "pgd")),
+    "FreeLB": Row(("--methods.adversarial", "freelb")),
+    "NEFTune 5": Row(("--methods.neftune", "5")),
+    "SAM 0.05": Row(("--methods.sam", "0.05"), tasks=EVERYWHERE),
+    "EMA 0.99": Row(("--methods.ema", "0.99"), tasks=EVERYWHERE),
+    "label smoothing 0.1": Row(("--task.label-smoothing", "0.1"), tasks=EVERYWHERE),
+    "last layer anew": Row(("--model.reinit-layers", "1")),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to run, and where its figures are."""
+
+    data: Path
+    """Folder of the data sets' folders."""
+    results: Path
+    """JSON lines: one a run. Made if it is not there."""
+    rows: tuple[str, ...] = ()
+    """Which; none takes all."""
+    tasks: tuple[str, ...] = ()
+    """Which; none takes all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Runs of each row on each task."""
+    jobs: int = 1
+    """Runs at once, each on its share of the cores."""
+    steps: int | None = None
+    """Instead of a task's epochs, to see that all rows run."""
+    timing: bool = False
+    """Time steps instead."""
+    show: bool = False
+    """Run nothing; make the table of what there is."""
+    write: Path | None = None
+    """A page to put the table into."""
+
+
+def key_of(task: str, row: str, seed: int) -> str:
+    """Of a run in the file of results."""
+    return f"{task} | {row} | {seed}"
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    """The results so far."""
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    return {entry["run"]: entry for entry in map(json.loads, lines)}
+
+
+def add(file: Path, entry: dict[str, Any]) -> None:
+    """One more."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry) + "\n")
+
+
+def words_of(args: Arguments, task: str, row: str, seed: int) -> list[str]:
+    """Of the train command, without its run folder and data."""
+    data, way = TASKS[task], ROWS[row]
+    rate = f"{data.rate * way.rate:.3g}"
+    words = [
+        "--config",
+        str(HERE.parent / "configs" / data.recipe),
+        "--seed",
+        str(seed),
+        "--optim.learning-rate",
+        rate,
+    ]
+    words += [*data.words, *way.words]
+    return words + ([] if args.steps is None else ["--train.steps", str(args.steps)])
+
+
+def place_of(args: Arguments, task: str, scratch: Path) -> str:
+    """Where the data are; of banking77 the first ten training examples of each class, and no validation."""
+    source = args.data / TASKS[task].folder
+    if task != "banking77, 10-shot":
+        return str(source)
+    folder = scratch / "banking77"
+    if not folder.is_dir():
+        folder.mkdir()
+        seen: dict[str, int] = {}
+        kept = []
+        for line in (source / "train.jsonl").read_text("utf-8").split("\n"):
+            label = json.loads(line)["label"] if line else None
+            if label is not None and seen.setdefault(label, 0) < 10:
+                seen[label] += 1
+                kept.append(line)
+        (folder / "train.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+        (folder / "test.jsonl").write_bytes((source / "test.jsonl").read_bytes())
+    return str(folder)
+
+
+def train(words: list[str], folder: Path, cores: list[int]) -> dict[str, Any]:
+    """result.json of a run.
+
+    Raises:
+        SystemExit: It fails.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "finetune_jax",
+        "train",
+        "--workdir",
+        str(folder),
+        "--train.no-tensorboard",
+        *words,
+    ]
+    made = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    if made.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{made.stderr[-3000:]}")
+    return json.loads((folder / "result.json").read_text("utf-8"))
+
+
+def run(args: Arguments, scratch: Path, task: str, row: str, seed: int, cores: list[int]) -> dict[str, Any]:
+    """The line of one run."""
+    folder = scratch / f"{TASKS[task].folder}-{abs(hash((task, row, seed)))}"
+    words = words_of(args, task, row, seed)
+    result = train([*words, "--data.path", place_of(args, task, scratch)], folder, cores)
+    subprocess.run(["rm", "-r", str(folder)], check=True)
+    score = result["metrics"]["test"][TASKS[task].metric]
+    return {
+        "run": key_of(task, row, seed),
+        "score": score,
+        **result["parameters"],
+        "seconds": result["train_seconds"],
+    }
+
+
+def todo(args: Arguments, known: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """The runs that have no line yet: all rows with the first seed before any with the second."""
+    for seed in args.seeds:
+        for row, way in ROWS.items():
+            for task in way.tasks:
+                wanted = (not args.rows or row in args.rows) and (not args.tasks or task in args.tasks)
+                if wanted and key_of(task, row, seed) not in known:
+                    yield task, row, seed
+
+
+def run_all(args: Arguments) -> None:
+    """Every run that is missing."""
+    every = sorted(os.sched_getaffinity(0))
+    shares = [part.tolist() for part in np.array_split(every, args.jobs)]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        work = list(todo(args, read(args.results)))
+        for task in {task for task, _, _ in work}:
+            place_of(args, task, scratch)  # once, before several want it
+
+        def one(cores: list[int], queue: list[tuple[str, str, int]]) -> None:
+            while queue:
+                task, row, seed = queue.pop(0)
+                entry = run(args, scratch, task, row, seed, cores)
+                add(args.results, entry)
+                print(json.dumps(entry), flush=True)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for done in [pool.submit(one, cores, work) for cores in shares]:
+                done.result()
+
+
+def time_all(args: Arguments, rounds: int = 3, steps: int = 25) -> None:
+    """Step time and memory of each row on sst2, beside a plain run just before or after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for row in args.rows or ROWS:
+            task = "sst2" if "sst2" in ROWS[row].tasks else ROWS[row].tasks[0]
+            ratios, memory = [], []
+            for number in range(rounds):
+                seen = {}
+                for name in (row, PLAIN) if number % 2 else (PLAIN, row):
+                    place = Path(folder) / f"{number}-{name == PLAIN}-{abs(hash(row))}"
+                    words = [
+                        *words_of(args, task, name, 0),
+                        "--data.path",
+                        place_of(args, task, Path(folder)),
+                    ]
+                    words += [
+                        "--train.steps",
+                        str(steps),
+                        "--train.log-every",
+                        "1",
+                        "--data.validation",
+                        "None",
+                    ]
+                    result = train(words, place, sorted(os.sched_getaffinity(0)))
+                    rows = map(json.loads, (place / "timings.jsonl").read_text("utf-8").splitlines())
+                    times = [entry["seconds_per_step"] for entry in rows if "seconds_per_step" in entry]
+                    seen[name] = statistics.median(times[5:]), result["peak_memory_bytes"]
+                ratios.append(seen[row][0] / seen[PLAIN][0])
+                memory.append(seen[row][1] / seen[PLAIN][1])
+            entry = {
+                "run": f"timing | {row}",
+                "step": statistics.median(ratios),
+                "memory": statistics.median(memory),
+            }
+            add(args.results, entry)
+            print(json.dumps(entry), flush=True)
+
+
+def table(args: Arguments) -> list[str]:
+    """Means over the seeds, and their standard errors."""
+    known = read(args.results)
+    lines = [
+        f"| way | trained, % | step time | memory | {' | '.join(TASKS)} | words |",
+        "|---" * (len(TASKS) + 5) + "|",
+    ]
+    for row, way in ROWS.items():
+        cells, shares = [], []
+        for task in TASKS:
+            found = [known[k] for seed in args.seeds if (k := key_of(task, row, seed)) in known]
+            scores = [100 * entry["score"] for entry in found]
+            shares += [100 * entry["trained"] / entry["total"] for entry in found if task.startswith("sst2")]
+            cell = f"{statistics.fmean(scores):.2f}" if scores else "-"
+            if len(scores) > 1:
+                cell += f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.2f}"
+            if 0 < len(scores) < len(args.seeds):
+                cell += f" ({len(scores)})"
+            cells.append(cell)
+        timing = known.get(f"timing | {row}", {})
+        cost = [f"{timing[name]:.2f}" if name in timing else "-" for name in ("step", "memory")]
+        said = " ".join(way.words).replace("|", "\\|")
+        said = f"`{said}`" if said else ""
+        rate = "" if way.rate == 1 else f" rate x{way.rate:g}"
+        share = f"{statistics.fmean(shares):.2f}" if shares else "-"
+        if any(cell != "-" for cell in (*cells, *cost)):
+            lines.append(f"| {row} | {share} | {' | '.join((*cost, *cells))} | {said}{rate} |")
+    return lines
+
+
+def main(args: Arguments) -> None:
+    """Runs what is missing, then prints the table."""
+    for name, known in (("rows", ROWS), ("tasks", TASKS)):
+        unknown = [word for word in getattr(args, name) if word not in known]
+        if unknown:
+            raise SystemExit(f"--{name} {unknown[0]!r} is not among {', '.join(known)}")
+    if not args.show:
+        time_all(args) if args.timing else run_all(args)
+    lines = table(args)
+    print("\n".join(lines))
+    if args.write is not None:
+        put(args.write, "methods", "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
