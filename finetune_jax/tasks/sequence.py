@@ -11,6 +11,7 @@ import numpy as np
 
 from finetune_jax import metrics
 from finetune_jax.data.text import TextFeatures, TextTokenizer, cached, save_tokenizer, sequence_features
+from finetune_jax.data.words import WordAugmentation
 from finetune_jax.models.bert import BertForSequenceClassification
 from finetune_jax.tasks.base import OFFSET, ClassTask, LossSums, Records, Task, text_field
 
@@ -22,23 +23,28 @@ class TextTask(Task):
     tokenizer: TextTokenizer
     max_length: int
     cache: Path | None
+    augmentation: WordAugmentation | None = None
+    """Of training texts."""
 
     def save_inputs(self, folder: Path) -> None:
         """The tokenizer's files."""
         save_tokenizer(self.tokenizer, folder, self.max_length)
 
     def varies(self, model_config: Any) -> list[str]:
-        """Dropout before the head."""
+        """Dropout before the head, and augmentation."""
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
         rates = {name: getattr(model_config, name) for name in names}
-        return [f"model.hf-config has {name} {rate:g}" for name, rate in rates.items() if rate]
+        found = [f"model.hf-config has {name} {rate:g}" for name, rate in rates.items() if rate]
+        return found + ([] if self.augmentation is None else self.augmentation.varies())
 
-    def _cached(self, key: tuple[Any, ...] | None, make: Any) -> TextFeatures:
+    def _kept(self, key: tuple[Any, ...] | None, make: Any, *, train: bool) -> TextFeatures:
+        """What `make` gives, on disk where there is a key; training texts vary."""
         if key is None or self.cache is None:
-            return make()
-        return cached(
-            self.cache, (type(self).__name__, self.tokenizer.fingerprint, self.max_length, *key), make
-        )
+            features = make()
+        else:
+            key = (type(self).__name__, self.tokenizer.fingerprint, self.max_length, *key)
+            features = cached(self.cache, key, make)
+        return dataclasses.replace(features, augmentation=self.augmentation) if train else features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +69,7 @@ class SequenceTask(TextTask):
                 self.tokenizer, texts, table[target] if target else None, self.max_length
             )
 
-        return self._cached(cache_key, make)
+        return self._kept(cache_key, make, train=train)
 
     def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """BxSxD"""
