@@ -233,6 +233,8 @@ def test_rand_augment_draws_every_operation_at_its_magnitude(applied):
         expected = AUTOAUGMENT.strength(name, 12, (40, 30))
         signs = {expected, -expected} if name in SIGNED else {expected}
         assert_even(found, signs, sum(found.values()))
+    signed = [strength for name, strength in applied if name in SIGNED]
+    assert abs(np.mean(np.sign(signed))) < 0.1
 
 
 def test_trivial_augment_draws_one_operation_at_any_level(applied):

@@ -17,6 +17,7 @@ from finetune_jax.data.words import (
     DROPOUT,
     SWAP,
     SYNONYM,
+    Pieces,
     Vocabulary,
     WordAugmentation,
     find_words,
@@ -183,6 +184,22 @@ def test_words_by_hand(tokenizer, vocabulary):
         tokenizer, [["北京", "unaffable"]], [[1, 2]], 12
     )  # a word of two pieces without ##
     assert find_words(tagged.all_pieces(), vocabulary).length.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        # A separator that a text itself has, and a tokenizer that puts none between two texts.
+        (["[CLS] the cat sat [MASK] dog a mat [SEP]"], "[CLS] cat the sat [MASK] a dog mat [SEP]"),
+        (["[CLS] the cat sat", "dog a mat [SEP]"], "[CLS] cat the sat a dog mat [SEP]"),
+    ],
+)
+def test_words_change_places_within_their_text(texts, expected, vocabulary):
+    ids = np.array([VOCAB.index(word) for text in texts for word in text.split()], np.int32)
+    types = np.repeat(np.arange(len(texts)), [len(text.split()) for text in texts])
+    pieces = Pieces(ids, np.arange(len(ids)), np.zeros_like(ids), types, None)
+    got, _ = WordAugmentation(TextConfig(word_swap=1.0), vocabulary, 0)(pieces, 0)
+    assert " ".join(VOCAB[i] for i in got) == expected
 
 
 def test_the_vocabulary_table(vocabulary):
