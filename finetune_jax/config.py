@@ -198,6 +198,44 @@ class ImageConfig:
         "none", "crop_flip", "pad_crop_flip", "resized_crop_flip", "pad_crop", "resized_crop"
     ] = "none"
     """Training only. crop: anywhere in the resized image; pad_crop: after padding by size / 8; resized_crop: of 8 to 100 % of the area, ratio 3/4 to 4/3; flip: half of the images are mirrored."""
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Training only, after `augment`: RandAugment, so many operations of fourteen at one magnitude; or TrivialAugment (wide ranges), one of them at any."""
+    operations: int = 2
+    """RandAugment: how many, one after another."""
+    magnitude: float = 9.0
+    """RandAugment: from 0 to 30, the strongest."""
+    brightness: float = 0.0
+    """Training only, after the policy: by a factor from 1 - brightness (at least 0) to 1 + brightness."""
+    contrast: float = 0.0
+    """The same for contrast."""
+    saturation: float = 0.0
+    """The same for saturation; 0 where the network sees grey images."""
+    hue: float = 0.0
+    """Training only: turned by up to this share of the colour circle, either way, at most 0.5; 0 where the network sees grey images."""
+    erasing: float = 0.0
+    """Training only, last: probability that a rectangle of 2 to 33 % of the image is erased."""
+    erasing_fill: Literal["noise", "zero"] = "noise"
+    """What comes in its place: noise in each pixel, or black."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How training texts vary, and what is added to them. Evaluation and prediction see texts as they are."""
+
+    __pydantic_config__ = STRICT
+
+    word_dropout: float = 0.0
+    """Probability that a word is replaced by [MASK], all its pieces; by [UNK] where the vocabulary has no [MASK]."""
+    word_swap: float = 0.0
+    """Probability that a word changes places with its right neighbour, unless its left one has just come there; tags move along."""
+    synonyms: float = 0.0
+    """Probability that a word of one piece is replaced by one of those that `masked_lm` finds likeliest in its place; tags other than O keep their words."""
+    synonym_candidates: int = 10
+    """How many of those there are to draw from, each with the same probability."""
+    masked_lm: str | None = None
+    """Synonyms: hub id or folder of a BertForMaskedLM with the model's own vocabulary. It is run once, before training."""
+    paraphrase: str | None = None
+    """Sequence tasks: `FILE.py:FUNCTION` or `MODULE:FUNCTION` that takes a list of texts and returns one for each, by translating there and back for one. They are added to the training split with the same labels, so that an epoch is twice as long. Run once and kept."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +278,8 @@ class DataConfig:
     """Text: several examples a row, attention within each only; or one a row, rows as long as the next of four lengths that suit the data, texts of like length in a batch; or one a row, all rows as long as the longest text."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """Pixels."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Words."""
     threads: int = 4
     """Threads that read, decode and augment ahead of the device."""
     stall_seconds: float = 600.0
@@ -491,6 +531,8 @@ def validate(config: Config) -> Config:
         ("data.max-bad-records", config.data.max_bad_records, 0),
         ("data.max-train-examples", config.data.max_train_examples, 1),
         ("data.image.size", config.data.image.size, 1),
+        ("data.image.operations", config.data.image.operations, 1),
+        ("data.text.synonym-candidates", config.data.text.synonym_candidates, 1),
         ("optim.warmup-steps", config.optim.warmup_steps, 0),
         ("peft.rank", config.peft.rank, 1),
         ("peft.target-rank", config.peft.target_rank, 1),
@@ -527,6 +569,15 @@ def validate(config: Config) -> Config:
         ("data.validation-fraction", config.data.validation_fraction, 0.0, 0.99),
         ("data.test-fraction", config.data.test_fraction, 0.0, 0.99),
         ("data.image.crop-pct", config.data.image.crop_pct, 0.01, 1.0),
+        ("data.image.magnitude", config.data.image.magnitude, 0.0, 30.0),
+        ("data.image.brightness", config.data.image.brightness, 0.0, 10.0),
+        ("data.image.contrast", config.data.image.contrast, 0.0, 10.0),
+        ("data.image.saturation", config.data.image.saturation, 0.0, 10.0),
+        ("data.image.hue", config.data.image.hue, 0.0, 0.5),
+        ("data.image.erasing", config.data.image.erasing, 0.0, 1.0),
+        ("data.text.word-dropout", config.data.text.word_dropout, 0.0, 1.0),
+        ("data.text.word-swap", config.data.text.word_swap, 0.0, 1.0),
+        ("data.text.synonyms", config.data.text.synonyms, 0.0, 1.0),
     ):
         if not low <= value <= high:
             raise UserError(f"{path} is {value}, must be from {low:g} to {high:g}")
@@ -548,6 +599,7 @@ def validate(config: Config) -> Config:
         raise UserError("model.scan-layers is for family bert: the blocks of a resnet differ in shape")
     if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
         raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
+    _check_augmentation(config)
     _check_methods(config)
     _check_peft(config)
     if config.train.batch_size % config.train.accumulation:
@@ -555,6 +607,47 @@ def validate(config: Config) -> Config:
             f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"
         )
     return config
+
+
+def _check_augmentation(config: Config) -> None:
+    """
+    Raises:
+        UserError: Fields of another kind of task, or ones that need each other.
+    """
+    task, image, text = config.task.name, config.data.image, config.data.text
+    if config.model.family != "bert" and text != TextConfig():
+        raise UserError(
+            f"data.text is for words, task {task} has none; leave its fields out, or see data.image"
+        )
+    if config.model.family != "resnet" and image != ImageConfig():
+        raise UserError(
+            f"data.image is for pixels, task {task} has none; leave its fields out, or see data.text"
+        )
+    if image.policy != "randaugment" and (image.operations, image.magnitude) != (2, 9.0):
+        raise UserError(
+            f"data.image.operations and magnitude are for policy randaugment, data.image.policy is {image.policy}; leave them out"
+        )
+    if not image.erasing and image.erasing_fill != "noise":
+        raise UserError(
+            "data.image.erasing-fill is set, data.image.erasing is 0; set both, or leave both out"
+        )
+    if text.synonyms and config.peft.method == "prompt":
+        raise UserError(
+            f"data.text.synonyms {text.synonyms:g} and peft.method prompt exclude each other: the masked LM knows no virtual tokens;"
+            " leave one of them out"
+        )
+    if text.synonyms and text.masked_lm is None:
+        raise UserError(
+            f"data.text.synonyms is {text.synonyms:g} and no model says what they are; set --data.text.masked-lm to a BertForMaskedLM"
+        )
+    if not text.synonyms and (text.masked_lm is not None or text.synonym_candidates != 10):
+        raise UserError(
+            "data.text.masked-lm and synonym-candidates are for synonyms, data.text.synonyms is 0; set it, or leave them out"
+        )
+    if text.paraphrase is not None and task == "token_classification":
+        raise UserError(
+            "data.text.paraphrase is for sequence tasks: the words of a paraphrase have no tags; leave it out"
+        )
 
 
 def _check_methods(config: Config) -> None:

@@ -30,9 +30,12 @@ from finetune_jax.config import (
     load_saved,
     nearest,
 )
+from finetune_jax.data.augment import ImageAugmentation
 from finetune_jax.data.image import ImageProcessor
+from finetune_jax.data.paraphrase import add_paraphrases
 from finetune_jax.data.sources import Source, cache_root, load_source
 from finetune_jax.data.text import load_tokenizer
+from finetune_jax.data.words import Vocabulary, WordAugmentation, varies
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES as PRETRAINED
@@ -170,11 +173,15 @@ def open_pretrained(config: ModelConfig) -> Checkpoint | None:
 
 
 def open_source(config: Config, checkpoint: Checkpoint | None) -> Source:
-    """The data, its label ids those of the checkpoint's head where that is kept."""
+    """The data, its label ids those of the checkpoint's head where that is kept; paraphrases are added to train."""
     labels = (
         None if checkpoint is None or config.model.replace_head else head_labels(checkpoint, config.task.name)
     )
-    return load_source(config.data, config.task.name, labels=labels)
+    source = load_source(config.data, config.task.name, labels=labels)
+    spec = config.data.text.paraphrase
+    if spec is None or "train" not in source.splits:
+        return source
+    return add_paraphrases(source, spec, cache_root(config.data) / "paraphrases")
 
 
 def head_labels(checkpoint: Checkpoint, task: str) -> tuple[str, ...] | None:
@@ -241,8 +248,12 @@ def task_from_config(
                 f"data.max-length {config.data.max_length}{and_} is over the model's {limit} positions; lower it"
             )
         values |= {"max_length": config.data.max_length, "cache": cache_root(config.data) / "tokens"}
-        values["virtual_ids"] = virtual_ids(config.peft, model_config)
-        values["tokenizer"] = _tokenizer(config.model, checkpoint, model_config.vocab_size) if reads else None
+        values["virtual_ids"] = ids = virtual_ids(config.peft, model_config)
+        tokenizer = _tokenizer(config.model, checkpoint, model_config.vocab_size) if reads else None
+        values["tokenizer"] = tokenizer
+        if tokenizer is not None and varies(config.data.text):
+            vocabulary = Vocabulary.of(tokenizer.backend, tokenizer.unknown_id, ids.stop)
+            values["augmentation"] = WordAugmentation(config.data.text, vocabulary, config.seed)
     else:
         channels = model_config.num_channels
         values |= {
@@ -250,7 +261,8 @@ def task_from_config(
             "channels": channels,
             "seed": config.seed,
         }
-        values |= {"augmentation": config.data.image.augment, "batch_norm": config.model.batch_norm}
+        values["augmentation"] = ImageAugmentation.from_config(config.data.image, channels)
+        values["batch_norm"] = config.model.batch_norm
     if labels is not None:
         values["label_smoothing"] = config.task.label_smoothing
         values["focal_gamma"] = config.task.focal_gamma

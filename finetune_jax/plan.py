@@ -576,7 +576,7 @@ def _stand_in(config: Config, task: Any, workload: Workload) -> Examples:
     count = min(workload.examples, 10**6)
     if config.model.family == "resnet":
         size = task.processor.size
-        return ImageExamples(_Blank(count, size, task.channels), task.processor, task.channels, "none", 0)
+        return ImageExamples(_Blank(count, size, task.channels), task.processor, task.channels, None, 0)
     length = min(workload.tokens, config.data.max_length)
     pieces = np.broadcast_to(np.int32(1), (count * length,))
     tags = config.task.name == "token_classification"

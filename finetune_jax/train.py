@@ -55,6 +55,7 @@ from finetune_jax.state import (
 )
 from finetune_jax.step import Updates
 from finetune_jax.storage import Folder, place, write_json
+from finetune_jax.synonyms import fingerprinted, with_synonyms
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.writers import Writer, say
 
@@ -148,10 +149,14 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         raise UserError("data.train names no split; there is nothing to train on")
     job = with_class_weights(job_from_config(config, checkpoint, source, devices), config, source)
     metric = deciding_metric(config, job)
-    examples = {
+    examples: dict[str, Any] = {
         split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
         for split, records in source.splits.items()
     }
+    if config.data.text.synonyms:
+        here = [device for device in job.mesh.devices.flat if device.process_index == jax.process_index()]
+        examples["train"] = with_synonyms(config, job.task, examples["train"], here)
+        source = fingerprinted(source, examples["train"])
     parts = batch_parts(job.mesh) * config.train.accumulation
     batch_size, longest = config.train.batch_size, job.task.row_length
     shape = train_shape(examples["train"], batch_size, longest, config.data.batching, parts)

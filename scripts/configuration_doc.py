@@ -21,7 +21,7 @@ def tables() -> str:
 def section(part: ast.ClassDef, kinds: dict[str, str]) -> str:
     """The table of one dataclass."""
     name = part.name.removesuffix("Config").lower()
-    prefix = {"": "", "image": "data.image."}.get(name, name + ".")
+    prefix = {"": "", "image": "data.image.", "text": "data.text."}.get(name, name + ".")
     lines = [f"## {prefix.rstrip('.') or 'the run'}\n\n{ast.get_docstring(part)}\n"]
     lines += ["| field | values | default | meaning |", "|---|---|---|---|"]
     for field, doc in zip(part.body, part.body[1:], strict=False):

@@ -21,7 +21,7 @@ FLOORS = [
     },
     {"data", "hf", "optim", "peft", "sharding"},
     {"tasks", "state", "kernels", "methods"},
-    {"step", "checkpoint", "job"},
+    {"step", "checkpoint", "job", "synonyms"},
     {"runfolder", "evaluate", "predict", "export", "audit", "meter", "programs"},
     {"train", "plan", "plan_report"},
     {"cli", "__main__"},

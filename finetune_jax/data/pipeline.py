@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from finetune_jax.data.augment import ImageAugmentation
 from finetune_jax.data.builders.decode import read_image
-from finetune_jax.data.image import ImageProcessor, augment, to_channels
+from finetune_jax.data.image import ImageProcessor, to_channels
 from finetune_jax.data.packing import Batching, Epochs, Placement, RowShape, bucket_lengths, packed_shape
 from finetune_jax.errors import UserError
 from finetune_jax.sharding import place_rows, rows_here
@@ -64,7 +65,7 @@ class ImageExamples:
     """tasks.base.Records"""
     processor: ImageProcessor
     channels: int
-    augmentation: str
+    augmentation: ImageAugmentation | None
     seed: int
 
     @property
@@ -121,11 +122,11 @@ class ImageExamples:
         for index, row, record in zip(where.segment, where.row, records, strict=True):
             image = record["image"]
             image = to_channels(read_image(image) if isinstance(image, Path) else image, self.channels)
-            if epoch is None or self.augmentation == "none":
+            if epoch is None or self.augmentation is None:
                 pixels[row] = self.processor.resize(image)
             else:
                 rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch * len(self) + int(index)]))
-                pixels[row] = augment(self.processor, image, self.augmentation, rng)
+                pixels[row] = self.augmentation(self.processor, image, rng)
             labels[row] = record.get("label", 0)
             weights[row] = 1.0
         return {"pixels": pixels, "labels": labels, "weights": weights}

@@ -43,8 +43,8 @@ Opened = tuple[str, "Notes", dict[str, Split]]  # title, what preparation found,
 class Source:
     """Checked examples, by role: text or text_a and text_b with label or score; tokens and tags; image and label."""
 
-    splits: dict[str, Split]
-    """ "train", "validation", "test": those there are."""
+    splits: dict[str, Any]
+    """ "train", "validation", "test": those there are, each a Split or what is read as one (paraphrase.py)."""
     labels: tuple[str, ...] | None
     """Class names, or BIO tags, in id order; None for regression."""
     fingerprint: str

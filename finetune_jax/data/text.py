@@ -7,19 +7,18 @@ window: a sentence longer than max_length is cut between words into several, so 
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
+from finetune_jax.data.cache import made_once
 from finetune_jax.data.packing import Placement, RowShape, positions
+from finetune_jax.data.words import Pieces, WordAugmentation
 from finetune_jax.errors import UserError
 from finetune_jax.hf.files import MAX_TOKENIZER_BYTES, bounded, read_json
 
@@ -127,6 +126,8 @@ class TextFeatures:
     """int64 [E + 1]; empty in sequence tasks"""
     cut: np.ndarray
     """int64 []: examples that did not fit max_length: truncated (sequence) or split into windows (token)"""
+    augmentation: WordAugmentation | None = None
+    """How batches of an epoch vary; None: not."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -149,13 +150,13 @@ class TextFeatures:
         """(numbers, rows) of a batch's outputs, from logits BxLxC in token tasks, else BxSxC."""
         if not self.words.size:
             return where.segment, logits[where.row, where.slot]
-        flat, row, column, _ = self._pieces(where)
+        flat, row, column, _ = self.pieces(where)
         return flat, logits[row, column]
 
     def spread(self, rows: np.ndarray, where: Placement, shape: RowShape) -> np.ndarray:
         """Of what the split has a row for each output, a batch's: BxL in token tasks, else BxS, and zeros elsewhere."""
         if self.words.size:
-            flat, row, column, _ = self._pieces(where)
+            flat, row, column, _ = self.pieces(where)
             spread = np.zeros((shape.rows, shape.length, *rows.shape[1:]), rows.dtype)
             spread[row, column] = rows[flat]
         else:
@@ -165,20 +166,25 @@ class TextFeatures:
 
     def targets(self, where: Placement, shape: RowShape) -> dict[str, np.ndarray]:
         """`labels` and `weights`, BxS in sequence tasks, BxL in token tasks; weights are 0 where nothing is to be learned."""
-        labels = self.spread(self.labels, where, shape)
         if self.words.size:
-            inside = self.spread(self._is_tagged, where, shape)
-            return {"labels": np.where(inside > 0, labels, 0), "weights": inside}
+            flat, row, column, _ = self.pieces(where)
+            return self._tags(flat, row, column, shape)
+        labels = self.spread(self.labels, where, shape)
         weights = np.zeros(labels.shape, np.float32)
         weights[where.row, where.slot] = 1.0
         return {"labels": labels, "weights": weights}
 
-    @cached_property
-    def _is_tagged(self) -> np.ndarray:
-        """float32 [P]: 1 where a piece has a tag."""
-        return (self.labels >= 0).astype(np.float32)
+    def _tags(
+        self, flat: np.ndarray, row: np.ndarray, column: np.ndarray, shape: RowShape
+    ) -> dict[str, np.ndarray]:
+        """`labels` and `weights` BxL, of pieces `flat` at (row, column)."""
+        size = (shape.rows, shape.length)
+        labels, weights = np.zeros(size, self.labels.dtype), np.zeros(size, np.float32)
+        labels[row, column] = np.maximum(self.labels[flat], 0)
+        weights[row, column] = self.labels[flat] >= 0
+        return {"labels": labels, "weights": weights}
 
-    def _pieces(self, where: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def pieces(self, where: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(number in the split, row, column, position in the segment) of each piece of a batch."""
         lengths = self.lengths[where.segment]
         step = positions(lengths)
@@ -186,21 +192,45 @@ class TextFeatures:
         return flat, np.repeat(where.row, lengths), np.repeat(where.start, lengths) + step, step
 
     def assemble(self, where: Placement, shape: RowShape, epoch: int | None) -> dict[str, np.ndarray]:
-        """A batch: rows B, length L, slots S (see models/bert.py for what each array means), with its targets."""
-        del epoch  # text is not augmented
+        """A batch: rows B, length L, slots S (see models/bert.py for what each array means), with its targets.
+
+        What an example is in an epoch is a pure function of (seed, epoch, example); epoch None does not augment.
+        """
         size = (shape.rows, shape.length)
         ids, types = np.zeros(size, np.int32), np.zeros(size, np.int32)
         places, segments = np.zeros(size, np.int32), np.zeros(size, np.int32)
         first = np.zeros((shape.rows, shape.segments), np.int32)
-        flat, row, column, step = self._pieces(where)
-        ids[row, column] = self.input_ids[flat]
+        flat, row, column, step = self.pieces(where)
         types[row, column] = self.token_type_ids[flat]
         places[row, column] = step
         segments[row, column] = np.repeat(where.slot + 1, self.lengths[where.segment])
         first[where.row, where.slot] = where.start
+        targets = None
+        if epoch is None or self.augmentation is None:
+            ids[row, column] = self.input_ids[flat]
+        else:
+            ids[row, column], source = self.augmentation(self._of(where, flat), epoch)
+            if self.words.size:  # tags move with their words
+                targets = self._tags(flat[source], row, column, shape)
         names = ("input_ids", "token_type_ids", "position_ids", "segment_ids", "first")
         inputs = zip(names, (ids, types, places, segments, first), strict=True)
-        return {**dict(inputs), **self.targets(where, shape)}
+        return {**dict(inputs), **(targets or self.targets(where, shape))}
+
+    def _of(self, where: Placement, flat: np.ndarray) -> Pieces:
+        """The pieces of a batch, as `words.py` sees them."""
+        segment = np.repeat(where.segment, self.lengths[where.segment])
+        first = self.words[flat] >= 0 if self.words.size else None
+        return Pieces(self.input_ids[flat], flat, segment, self.token_type_ids[flat], first)
+
+    def all_pieces(self) -> Pieces:
+        """Those of the whole split."""
+        segments = np.arange(len(self))
+        zeros = np.zeros(len(self), np.int32)
+        return self._of(Placement(segments, zeros, zeros, zeros), np.arange(len(self.input_ids)))
+
+
+ARRAYS = tuple(item.name for item in fields(TextFeatures) if item.name != "augmentation")
+"""What is kept of a split."""
 
 
 def sequence_features(
@@ -369,19 +399,14 @@ def cached(folder: Path, key: tuple[Any, ...], make: Any) -> TextFeatures:
         key: All that the features depend on.
         make: Called without arguments on a miss.
     """
-    name = hashlib.sha256(repr((FEATURES_VERSION, *key)).encode()).hexdigest()[:24]
-    place = folder / name
-    if not place.is_dir():
+
+    def fill(draft: Path) -> None:
         made = make()
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=folder, prefix=f".{name}-"))
-        for item in fields(TextFeatures):
-            np.save(draft / f"{item.name}.npy", getattr(made, item.name))
-        try:
-            os.rename(draft, place)
-        except OSError:  # another process was first; its features are the same
-            shutil.rmtree(draft)
-    mode = {item.name: None if item.name == "cut" else "r" for item in fields(TextFeatures)}
+        for name in ARRAYS:
+            np.save(draft / f"{name}.npy", getattr(made, name))
+
+    place = made_once(folder, (FEATURES_VERSION, *key), fill)
+    mode = {name: None if name == "cut" else "r" for name in ARRAYS}
     return TextFeatures(
         **{
             name: np.load(place / f"{name}.npy", mmap_mode=_mmap(place / f"{name}.npy", m))

@@ -32,6 +32,9 @@ NAMES = NameTable(
         *_norm(_LAYER[0] + "output/LayerNorm", _LAYER[1] + "output.LayerNorm"),
         *_dense("bert/pooler/dense", "bert.pooler.dense"),
         *_dense("classifier", "classifier"),
+        *_dense("cls/predictions/transform/dense", "cls.predictions.transform.dense"),
+        *_norm("cls/predictions/transform/LayerNorm", "cls.predictions.transform.LayerNorm"),
+        ("cls/predictions/bias", "cls.predictions.bias", SAME),
     ]
 )
 

@@ -406,11 +406,10 @@ class BertForSequenceClassification(_Classifier):
         return split_rows(self.bert.pooler(first_BxSxD, bert_key))
 
 
-class BertForTokenClassification(_Classifier):
-    """One row of logits for each token."""
+class _PerToken(nnx.Module):
+    """An encoder whose head reads every position."""
 
-    def __init__(self, config: BertConfig, num_labels: int, *, compute: Compute = FLOAT32, rngs: nnx.Rngs):
-        super().__init__(config, num_labels, with_pooler=False, compute=compute, rngs=rngs)
+    bert: Bert
 
     def __call__(
         self,
@@ -442,6 +441,61 @@ class BertForTokenClassification(_Classifier):
         return self.bert(
             input_ids_BxL, token_type_ids_BxL, position_ids_BxL, segment_ids_BxL, bert_key, offset_BxLxD
         )
+
+    def head(self, features: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Logits of what `features` gave."""
+        raise NotImplementedError
+
+
+class BertForTokenClassification(_Classifier, _PerToken):
+    """One row of logits for each token."""
+
+    def __init__(self, config: BertConfig, num_labels: int, *, compute: Compute = FLOAT32, rngs: nnx.Rngs):
+        super().__init__(config, num_labels, with_pooler=False, compute=compute, rngs=rngs)
+
+
+class _Transform(nnx.Module):
+    """Dense, activation, LayerNorm."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.dense = Linear(config.hidden_size, config.hidden_size, init, dtype=dtype, rngs=rngs)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.LayerNorm(ACTIVATIONS[self.hidden_act](self.dense(x)))
+
+
+class _Predictions(nnx.Module):
+    """What is beside the word embeddings in the head of a masked language model."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.transform = _Transform(config, dtype, rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size))
+
+
+class _Heads(nnx.Module):
+    """Of pre-training; here the masked language model's alone."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.predictions = _Predictions(config, dtype, rngs)
+
+
+class BertForMaskedLM(_PerToken):
+    """For each token a logit for every entry of the vocabulary (Devlin et al. 2018, section 3.1); decoder and word
+    embeddings are one table."""
+
+    def __init__(self, config: BertConfig, *, compute: Compute = FLOAT32, rngs: nnx.Rngs):
+        self.bert = Bert(config, with_pooler=False, compute=compute, rngs=rngs)
+        self.cls = _Heads(config, compute.dtype, rngs)
+
+    def head(self, features: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Logits [..., V], float32, of what `features` gave; nothing in it is dropped."""
+        del dropout_key
+        table_VxD = self.bert.embeddings.word_embeddings.embedding[...]
+        logits = jnp.einsum("...d,vd->...v", self.cls.predictions.transform(features), table_VxD)
+        return logits + self.cls.predictions.bias[...].reshape((1,) * (logits.ndim - 1) + (-1,))
 
 
 def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:

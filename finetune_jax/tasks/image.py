@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax import metrics
+from finetune_jax.data.augment import NOT_AUGMENTED, ImageAugmentation
 from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.pipeline import ImageExamples
 from finetune_jax.errors import UserError
@@ -30,14 +31,14 @@ class ImageClassification(ClassTask):
     processor: ImageProcessor
     channels: int
     batch_norm: str = "frozen"
-    augmentation: str = "none"
+    augmentation: ImageAugmentation = NOT_AUGMENTED
     seed: int = 0
 
     def examples(
         self, records: Records, *, train: bool, cache_key: tuple[Any, ...] | None = None
     ) -> ImageExamples:
         """Images are decoded when they are read; nothing is cached."""
-        augmentation = self.augmentation if train else "none"
+        augmentation = self.augmentation if train and self.augmentation.varies() else None
         return ImageExamples(records, self.processor, self.channels, augmentation, self.seed)
 
     def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
@@ -51,8 +52,9 @@ class ImageClassification(ClassTask):
 
     def varies(self, model_config: Any) -> list[str]:
         """Augmentation, and statistics of a batch."""
-        found = [] if self.augmentation == "none" else [f"data.image.augment is {self.augmentation}"]
-        return found + (["model.batch-norm is train"] if self.batch_norm == "train" else [])
+        return self.augmentation.varies() + (
+            ["model.batch-norm is train"] if self.batch_norm == "train" else []
+        )
 
     def classes(self, logits: np.ndarray, examples: ImageExamples) -> tuple[np.ndarray, np.ndarray]:
         """Of the images."""

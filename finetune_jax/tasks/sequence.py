@@ -18,6 +18,7 @@ from finetune_jax.data.text import (
     save_tokenizer,
     sequence_features,
 )
+from finetune_jax.data.words import WordAugmentation
 from finetune_jax.models.bert import BertForSequenceClassification
 from finetune_jax.tasks.base import OFFSET, ClassTask, LossSums, Records, Task, text_field
 
@@ -31,6 +32,8 @@ class TextTask(Task):
     cache: Path | None
     virtual_ids: range = range(0)
     """Put before every text: no word pieces, but rows of a prompt (peft/prompt.py)."""
+    augmentation: WordAugmentation | None = None
+    """Of training texts."""
 
     @property
     def row_length(self) -> int:
@@ -42,18 +45,21 @@ class TextTask(Task):
         save_tokenizer(self.tokenizer, folder, self.max_length)
 
     def varies(self, model_config: Any) -> list[str]:
-        """Dropout before the head."""
+        """Dropout before the head, and augmentation."""
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
         rates = {name: getattr(model_config, name) for name in names}
-        return [f"model.hf-config has {name} {rate:g}" for name, rate in rates.items() if rate]
+        found = [f"model.hf-config has {name} {rate:g}" for name, rate in rates.items() if rate]
+        return found + ([] if self.augmentation is None else self.augmentation.varies())
 
-    def _cached(self, key: tuple[Any, ...] | None, make: Any) -> TextFeatures:
+    def _kept(self, key: tuple[Any, ...] | None, make: Any, *, train: bool) -> TextFeatures:
+        """What `make` gives, on disk where there is a key; training texts vary."""
         if key is None or self.cache is None:
             features = make()
         else:
             key = (type(self).__name__, self.tokenizer.fingerprint, self.max_length, *key)
             features = cached(self.cache, key, make)
-        return prompted(features, self.virtual_ids)
+        features = prompted(features, self.virtual_ids)
+        return dataclasses.replace(features, augmentation=self.augmentation) if train else features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +84,7 @@ class SequenceTask(TextTask):
                 self.tokenizer, texts, table[target] if target else None, self.max_length
             )
 
-        return self._cached(cache_key, make)
+        return self._kept(cache_key, make, train=train)
 
     def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """BxSxD"""

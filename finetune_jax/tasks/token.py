@@ -46,7 +46,8 @@ class TokenClassification(ClassTask, TextTask):
                 self._inside() if train else None,
             )
 
-        return self._cached(None if cache_key is None else (*cache_key, train and self.all_pieces), make)
+        key = None if cache_key is None else (*cache_key, train and self.all_pieces)
+        return self._kept(key, make, train=train)
 
     def _inside(self) -> np.ndarray | None:
         """Tag of a word's further pieces: B-x goes on as I-x."""

@@ -16,7 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from finetune_jax import tree
 from finetune_jax.models import bert
-from finetune_jax.models.bert import BertConfig, BertForSequenceClassification, BertForTokenClassification
+from finetune_jax.models.bert import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 from finetune_jax.models.layers import Compute
 
 TOLERANCE = 1e-5
@@ -58,7 +63,7 @@ def batch(vocab, types, *, rows=3, length=11, seed=0):
 def ours(model, ids, type_ids, mask, dropout_key=None):
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     inputs = [jnp.asarray(x, jnp.int32) for x in (ids, type_ids, positions, mask)]
-    if isinstance(model, BertForTokenClassification):
+    if isinstance(model, BertForTokenClassification | BertForMaskedLM):
         return model(*inputs, dropout_key=dropout_key)
     return model(*inputs, jnp.zeros((ids.shape[0], 1), jnp.int32), dropout_key=dropout_key)[:, 0]
 
@@ -122,6 +127,32 @@ def test_matches_transformers(head, fields, port):
     ids[0, 2] = 7  # the word that pads may also stand in a text: it must get torch's gradient, none
     gradients = assert_same(port(oracle, ours_cls, 4), oracle, ids, type_ids, mask)
     assert all(np.abs(gradient).max() > 1e-4 for key, gradient in gradients.items() if "key.bias" not in key)
+
+
+@pytest.mark.parametrize("act", ["gelu", "relu"])
+def test_masked_lm_matches_transformers(act, tmp_path, port_folder):
+    """The decoder is the table of word embeddings: its gradient is the sum of both uses, in the pad's row too."""
+    oracle = hf_model(transformers.BertForMaskedLM, 2, hidden_act=act)
+    oracle.save_pretrained(tmp_path)
+    found = port_folder(tmp_path, lambda config, _, **rest: BertForMaskedLM(config, **rest), 0)
+    assert not found.new
+    gradients = assert_same(found, oracle, *batch(60, 2))
+    assert np.abs(gradients["bert.embeddings.word_embeddings.weight"][0]).max() > 1e-4
+
+
+def test_masked_lm_of_a_pretraining_checkpoint(tmp_path, port_folder):
+    """One with a pooler and a head for the next sentence, which are passed over."""
+    oracle = hf_model(transformers.BertForPreTraining, 2)
+    oracle.save_pretrained(tmp_path)
+    found = port_folder(tmp_path, lambda config, _, **rest: BertForMaskedLM(config, **rest), 0)
+    ids, type_ids, mask = batch(60, 2)
+    tensors = [torch.from_numpy(np.array(x)) for x in (ids, type_ids, mask)]
+    with torch.no_grad():
+        theirs_out = oracle(input_ids=tensors[0], token_type_ids=tensors[1], attention_mask=tensors[2])
+    got = np.asarray(ours(found.model(), ids, type_ids, mask))
+    real = mask[:, :, None]
+    expected = theirs_out.prediction_logits.numpy()
+    np.testing.assert_allclose(got * real, expected * real, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", sorted(bert.ACTIVATIONS))
