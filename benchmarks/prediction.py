@@ -71,12 +71,12 @@ class Arguments:
 def predict(model: str, source: str, output: str, side: str, batch_size: int) -> float:
     """Seconds that a side takes from one file to the other, its model open."""
     if side == OURS:
-        from finetune_jax.job import open_model
-        from finetune_jax.predict import predict_file
+        from finetune_jax.opening import open_model
+        from finetune_jax.predict import predict, predict_file
 
         job, weights = open_model(model)
         since = time.perf_counter()
-        predict_file(job, weights, source, Path(output))
+        predict_file(source, Path(output), lambda rows, places: predict(job, weights, rows, places=places))
         return time.perf_counter() - since
     import transformers
 
@@ -102,7 +102,8 @@ def read(
     from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TaskConfig
     from finetune_jax.data.pipeline import Batches, device_batches, evaluation_shape, train_shape
     from finetune_jax.data.sources import load_source
-    from finetune_jax.job import open_model, parse_model, task_from_config
+    from finetune_jax.job import parse_model, task_from_config
+    from finetune_jax.opening import open_model
     from finetune_jax.predict import Lines
 
     job, _ = open_model(model)

@@ -33,23 +33,33 @@ class Train:
     """Config fields in which a run that goes on may differ from how it began, such as train.epochs."""
     profile: int = 0
     """Write a trace of so many steps, after a few that warm up, into the run folder, for TensorBoard."""
+    seeds: int | None = None
+    """Run the recipe so many times, with its seed and the next ones, each in WORKDIR/seed-N, and tell mean and standard error."""
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     overrides: Overrides = dataclasses.field(default_factory=Config)
 
     def __call__(self) -> int:
         from finetune_jax import runtime
+        from finetune_jax.seeds import SEEDS_FILE, check_one_run, train_seeds
         from finetune_jax.train import Stopped, train
 
+        if self.seeds is not None and self.profile:
+            raise UserError("--profile traces one run; leave --seeds out")
         runtime.join(self.distributed)
+        config, change = self.overrides, self.allow_change
         try:
-            train(self.overrides, self.workdir, allow_change=self.allow_change, profile=self.profile)
+            if self.seeds is None:
+                check_one_run(self.workdir)
+                train(config, self.workdir, allow_change=change, profile=self.profile)
+            else:
+                train_seeds(config, self.workdir, self.seeds, allow_change=change)
         except Stopped as stopped:
             print(f"finetune-jax: {stopped}", file=sys.stderr)
             return stopped.code
         except Exception as error:
             runtime.leave(error)
             raise
-        print(os.path.join(self.workdir, "result.json"))
+        print(os.path.join(self.workdir, "result.json" if self.seeds is None else SEEDS_FILE))
         return 0
 
 
@@ -57,8 +67,8 @@ class Train:
 class Evaluate:
     """Exact metrics of a run or a Hugging Face folder: a report to stderr, JSON to stdout (or --output)."""
 
-    model: str
-    """A run folder, or a Hugging Face folder."""
+    model: tuple[str, ...]
+    """A run folder, or a Hugging Face folder; of several, the averaged probabilities are scored."""
     config: str | None = None
     """A recipe that says which data; a run folder has its own."""
     split: Literal["train", "validation", "test"] = "test"
@@ -73,7 +83,7 @@ class Evaluate:
         from finetune_jax.evaluate import evaluate_model
 
         output = writable(self.output)
-        known = self.config is not None or saved_config(self.model) is not None
+        known = self.config is not None or saved_config(one_or_more(self.model)[0]) is not None
         result = evaluate_model(self.model, self.overrides if known else None, self.split, self.step)
         print(result.report, file=sys.stderr)
         text = json.dumps(result.metrics, indent=2) + "\n"
@@ -88,10 +98,12 @@ class Evaluate:
 class Predict:
     """JSON lines in, predictions out, in the input's order."""
 
-    model: str
-    """A run folder, or a Hugging Face folder."""
+    model: tuple[str, ...]
+    """A run folder, or a Hugging Face folder; of several, the averaged probabilities decide."""
     input: str = "-"
     """JSONL file or -; lines have text, text_a and text_b, tokens (a list of words), or image (a path)."""
+    adapters: dict[str, str] = dataclasses.field(default_factory=dict)
+    """NAME FOLDER pairs: each line names by `adapter` which of them, on the model, answers it."""
     output: str = "-"
     """JSONL file or -."""
     logits: bool = False
@@ -102,12 +114,27 @@ class Predict:
     """Of a run: best, latest or a number."""
 
     def __call__(self) -> int:
-        from finetune_jax.job import open_model
-        from finetune_jax.predict import predict_file
+        from finetune_jax.ensemble import members
+        from finetune_jax.opening import open_adapters
+        from finetune_jax.predict import predict_by_adapter, predict_file, predict_together
 
-        output = writable(self.output)
-        job, weights = open_model(self.model, step=self.step)
-        predict_file(job, weights, self.input, output, batch_size=self.batch_size, logits=self.logits)
+        output, models = writable(self.output), one_or_more(self.model)
+        options = {"batch_size": self.batch_size, "logits": self.logits}
+        if self.adapters and len(models) > 1:
+            raise UserError(f"--adapters are on one model, --model names {len(models)}; name one")
+        if self.adapters:
+            adapted = open_adapters(models[0], self.adapters)
+            predict_file(
+                self.input, output, lambda rows, at: predict_by_adapter(adapted, rows, places=at, **options)
+            )
+        else:
+            predict_file(
+                self.input,
+                output,
+                lambda rows, at: predict_together(
+                    members(models, step=self.step), rows, places=at, **options
+                ),
+            )
         return 0
 
 
@@ -279,6 +306,16 @@ def saved_config(run: str) -> Folder | None:
     """The config.json of a run folder; None where this is none."""
     folder = place(run)
     return folder / "config.json" if run and (folder / "manifest.json").is_file() else None
+
+
+def one_or_more(models: tuple[str, ...]) -> list[str]:
+    """
+    Raises:
+        UserError: None is named.
+    """
+    if not models:
+        raise UserError("--model names no model; name a run folder or a Hugging Face folder")
+    return list(models)
 
 
 def on_disk(output: str) -> Path:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax import metrics, storage
@@ -14,8 +15,10 @@ from finetune_jax.config import Config, load_saved
 from finetune_jax.data.packing import Batching
 from finetune_jax.data.pipeline import Batches, Examples, device_batches, evaluation_shape
 from finetune_jax.data.sources import load_source
+from finetune_jax.ensemble import averaged, members
 from finetune_jax.errors import UserError
-from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model
+from finetune_jax.job import CONFIG_FILE, Job
+from finetune_jax.opening import is_run
 from finetune_jax.sharding import batch_parts
 from finetune_jax.step import abstract_batch, lower_forward, make_features, make_forward
 from finetune_jax.tasks import TASKS
@@ -125,32 +128,50 @@ def evaluate(
     return Evaluation(metrics.means(sums) | figures, report, job.task.only_class(logits, examples))
 
 
-def evaluate_model(model: str, config: Config | None, split: str, step: str = "best") -> Evaluation:
-    """Metrics of a run or a Hugging Face folder on a split of a recipe's data.
+def evaluate_model(
+    models: str | Sequence[str], config: Config | None, split: str, step: str = "best"
+) -> Evaluation:
+    """Metrics of a run or a Hugging Face folder on a split of a recipe's data; of several, those of their averaged probabilities.
 
     Args:
-        model: A run folder or a Hugging Face folder.
-        config: Says which data; None takes the run's own.
+        models: A run folder or a Hugging Face folder, or several.
+        config: Says which data; None takes the (first) run's own.
         split: train, validation or test.
         step: Of a run: best, latest or a number.
 
     Raises:
-        UserError: There is no such split, or labels that the model does not know.
+        UserError: There is no such split, labels that the model does not know, or models of several kinds.
     """
+    models = [models] if isinstance(models, str) else models
+    model = models[0]
     if config is None:
         path = storage.place(model)
         if not is_run(path):
             raise UserError(f"{model} is not a run folder: say which data with --config")
         config = load_saved(path / CONFIG_FILE)
-    job, weights = open_model(model, step=step, max_length=config.data.max_length, mesh=config.mesh)
-    if TASKS[config.task.name] is not type(job.task):
-        raise UserError(
-            f"{model} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
-        )
-    source = load_source(config.data, config.task.name, labels=job.task.labels)
-    if split not in source.splits:
-        raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
-    examples = job.task.examples(source.splits[split], train=False)
-    settings = config.data
-    forward = Forward(job, examples, config.evaluation.batch_size, settings.batching, settings.threads)
-    return evaluate(forward, job, examples, weights)
+    source, found = None, []
+    for job, weights in members(models, step=step, max_length=config.data.max_length, mesh=config.mesh):
+        if TASKS[config.task.name] is not type(job.task):
+            raise UserError(
+                f"{model} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
+            )
+        source = source or load_source(config.data, config.task.name, labels=job.task.labels)
+        if split not in source.splits:
+            raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
+        examples = job.task.examples(source.splits[split], train=False)
+        settings = config.data
+        forward = Forward(job, examples, config.evaluation.batch_size, settings.batching, settings.threads)
+        if len(models) == 1:
+            return evaluate(forward, job, examples, weights)
+        found.append((job, examples, forward.outputs(weights)[0]))
+    job, examples, _ = found[0]
+    logits = averaged(job, [values for _, _, values in found])
+    labels = np.asarray(examples.labels)
+    has_label = np.ones(labels.shape) if labels.dtype.kind == "f" else labels >= 0
+    known = {
+        "labels": jnp.asarray(np.where(has_label, labels, 0).astype(labels.dtype)),
+        "weights": jnp.asarray(has_label, jnp.float32),
+    }
+    figures, report = job.task.metrics(logits, examples)
+    sums = {"loss": job.task.loss(jnp.asarray(logits), known)}
+    return Evaluation(metrics.means(sums) | figures, report, job.task.only_class(logits, examples))

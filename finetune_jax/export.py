@@ -15,7 +15,8 @@ from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES, export_tensors, load_params
-from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model, open_pretrained, save_model_folder
+from finetune_jax.job import CONFIG_FILE, Job, open_pretrained, save_model_folder
+from finetune_jax.opening import is_run, open_model
 from finetune_jax.peft import hf_format, install
 from finetune_jax.peft.hf_format import adapter_files
 from finetune_jax.runfolder import MANIFEST_FILE, RESULT_FILE

@@ -18,17 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from finetune_jax import storage
-from finetune_jax.checkpoint import DIRECTORY, Checkpoints
-from finetune_jax.compiling import use_cache
 from finetune_jax.config import (
     Config,
-    DataConfig,
     MeshConfig,
     MethodsConfig,
     ModelConfig,
     PeftConfig,
-    load_saved,
-    nearest,
 )
 from finetune_jax.data.augment import ImageAugmentation
 from finetune_jax.data.image import ImageProcessor
@@ -38,7 +33,6 @@ from finetune_jax.data.text import load_tokenizer
 from finetune_jax.data.words import Vocabulary, WordAugmentation, varies
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
-from finetune_jax.hf.pretrained import FAMILIES as PRETRAINED
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.kernels import PLATFORMS, attention_kernel
 from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Objective, Plain, RDrop
@@ -46,14 +40,14 @@ from finetune_jax.methods.perturbation import Perturbation, PixelOffsets, WordOf
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
-from finetune_jax.peft import hf_format, install
+from finetune_jax.peft import install
 from finetune_jax.peft.adalora import orthogonality, pruned
 from finetune_jax.peft.selection import depths, frozen_parameters, paces
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
-from finetune_jax.state import ModelParts, TrainState, abstract_state, initial_weights, split_model
+from finetune_jax.state import ModelParts, TrainState, abstract_state, split_model
 from finetune_jax.step import Updates
 from finetune_jax.tasks import TASKS, Task
-from finetune_jax.tree import Flat, lookup
+from finetune_jax.tree import lookup
 
 FAMILIES = {"bert": bert, "resnet": resnet}
 MODEL_DIRECTORY = "model"
@@ -433,148 +427,3 @@ def save_model_folder(job: Job, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_json(folder / CONFIG_FILE, job.hf_config())
     job.task.save_inputs(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For evaluating, predicting, exporting: from a run folder or a Hugging Face folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def is_run(path: storage.Folder) -> bool:
-    """Whether this is a run folder of ours."""
-    return (path / MODEL_DIRECTORY / CONFIG_FILE).is_file() and (path / DIRECTORY).is_dir()
-
-
-def open_model(
-    model: str, *, step: str = "best", max_length: int | None = None, mesh: MeshConfig | None = None
-) -> tuple[Job, Flat]:
-    """Job and weights of a trained model.
-
-    Args:
-        model: A run folder, or anything that `model.pretrained` takes whose head is one of our tasks'.
-        step: Of a run: best, latest or a number.
-        max_length: Longest text in word pieces; None takes the run's, or the tokenizer's.
-        mesh: Devices.
-
-    Raises:
-        UserError: It is neither, or has no head that a task here knows.
-    """
-    use_cache(cache_root(DataConfig()))
-    path = storage.place(model)
-    run = is_run(path)
-    if storage.in_bucket(path) and not run:
-        raise UserError(f"{model} is not a run folder; copy another kind of model to this machine first")
-    adapter = None
-    if not run and (Path(path) / hf_format.CONFIG_FILE).is_file():
-        adapter, checkpoint = open_adapter(Path(path))
-    else:
-        checkpoint = open_checkpoint(
-            str(storage.local_copy(path / MODEL_DIRECTORY)) if run else os.path.expandvars(model)
-        )
-    compute, peft = FLOAT32, NO_PEFT if adapter is None else adapter.config
-    if run:
-        saved = load_saved(path / CONFIG_FILE)
-        max_length, compute, peft = max_length or saved.data.max_length, compute_of(saved.model), saved.peft
-    model_config = parse_config(checkpoint.family, checkpoint.hf_config, checkpoint.source)
-    task = _task_of(checkpoint, model_config, max_length, peft)
-    job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, compute, peft=peft)
-    if run:
-        checkpoints = Checkpoints(path)
-        weights = checkpoints.restore_weights(job.abstract_weights, checkpoints.choose(step))
-        return job, weights
-    if adapter is not None:
-        return job, initial_weights(
-            job.parts, job.shardings, 0, _with_adapter(job, checkpoint, adapter, model)
-        )
-    loaded = load_params(checkpoint, job.parts.abstract, replace_head=False)
-    if loaded.new:
-        raise UserError(f"{model} has no trained head ({', '.join(loaded.new)}); fine-tune it first")
-    return job, initial_weights(job.parts, job.shardings, 0, loaded.params)
-
-
-def open_adapter(folder: Path) -> tuple[hf_format.Adapter, Checkpoint]:
-    """An adapter, and the model that it is for, with the head that the adapter brings.
-
-    Raises:
-        UserError: The model is not named or not there, or the adapter is of a kind that we do not have.
-    """
-    fields = files.read_json(folder / hf_format.CONFIG_FILE)
-    source, revision = fields.get("base_model_name_or_path"), fields.get("revision")
-    if not isinstance(source, str) or not source:
-        raise UserError(
-            f"{folder} does not name its model; set base_model_name_or_path in {hf_format.CONFIG_FILE}"
-        )
-    base = open_checkpoint(os.path.expandvars(source), revision if isinstance(revision, str) else None)
-    adapter = hf_format.read_adapter(folder, PRETRAINED[base.family])
-    if (folder / CONFIG_FILE).is_file():  # we write one, for the labels and the task
-        own = open_checkpoint(str(folder))
-        labels, num_labels, architectures = own.labels, own.num_labels, own.architectures
-        return adapter, dataclasses.replace(
-            base, labels=labels, num_labels=num_labels, architectures=architectures, hf_config=own.hf_config
-        )
-    heads = {"SEQ_CLS": "BertForSequenceClassification", "TOKEN_CLS": "BertForTokenClassification"}
-    architecture = heads.get(str(fields.get("task_type")), "ResNetForImageClassification")
-    if "classifier/bias" not in adapter.params:
-        raise UserError(f"{folder} has no classifier; save it with modules_to_save ['classifier']")
-    count = len(adapter.params["classifier/bias"])
-    return adapter, dataclasses.replace(base, labels=None, num_labels=count, architectures=(architecture,))
-
-
-def _with_adapter(
-    job: Job, checkpoint: Checkpoint, adapter: hf_format.Adapter, where: str
-) -> dict[str, np.ndarray]:
-    """The model's weights and the adapter's.
-
-    Raises:
-        UserError: The adapter is for another model.
-    """
-    own = load_params(checkpoint, job.own_weights, replace_head=True)
-    params = adapter.on(own.params)
-    weights = {**own.params, **params}
-    wrong = [
-        f"{path} is {list(value.shape)}, must be {list(job.parts.abstract[path].shape)}"
-        for path, value in params.items()
-        if path in job.parts.abstract and value.shape != job.parts.abstract[path].shape
-    ]
-    wrong += [f"{path} is not in it" for path in sorted(params.keys() - job.parts.abstract.keys())]
-    wrong += [f"{path} is in neither" for path in sorted(job.parts.abstract.keys() - weights.keys())]
-    if wrong:
-        raise UserError(
-            f"{where} is an adapter for another model than {checkpoint.source}: {'; '.join(wrong[:4])}"
-        )
-    return weights
-
-
-def _task_of(checkpoint: Checkpoint, model_config: Any, max_length: int | None, peft: PeftConfig) -> Task:
-    """The task that a checkpoint's architecture (and problem type) names."""
-    for kind in TASKS.values():
-        if kind.architecture not in checkpoint.architectures:
-            continue
-        regression = checkpoint.hf_config.get("problem_type") == "regression" or checkpoint.num_labels == 1
-        if (
-            kind.architecture.endswith("SequenceClassification")
-            and (kind.problem_type == "regression") != regression
-        ):
-            continue
-        labels = checkpoint.labels or tuple(f"LABEL_{index}" for index in range(checkpoint.num_labels))
-        values: dict[str, Any] = {"labels": None if kind.problem_type == "regression" else labels}
-        if checkpoint.family == "bert":
-            tokenizer = load_tokenizer(checkpoint.folder)
-            limit = model_config.max_position_embeddings - install.positions_taken(peft)
-            length = min(max_length or tokenizer.max_length or limit, limit)
-            values |= {"tokenizer": tokenizer, "max_length": length, "cache": None}
-            values["virtual_ids"] = virtual_ids(peft, model_config)
-        else:
-            file = checkpoint.folder / PREPROCESSOR_FILE
-            if not file.is_file():
-                raise UserError(
-                    f"{checkpoint.source} has no {PREPROCESSOR_FILE}: how pixels are made is not known"
-                )
-            values |= {
-                "processor": ImageProcessor.from_hf(files.read_json(file), str(file)),
-                "channels": model_config.num_channels,
-            }
-        return kind(**values)
-    known = sorted({kind.architecture for kind in TASKS.values()})
-    name = checkpoint.architectures[0] if checkpoint.architectures else "no architecture"
-    raise UserError(f"{checkpoint.source} is {name}, not one of {', '.join(known)}{nearest(name, known)}")

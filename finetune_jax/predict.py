@@ -3,10 +3,12 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune_jax.config import nearest
+from finetune_jax.ensemble import averaged
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward
 from finetune_jax.job import Job
@@ -34,9 +36,11 @@ def read_lines(lines: Iterable[bytes], where: str) -> Iterator[tuple[str, dict[s
         yield place, row
 
 
-def predict_file(
-    job: Job, weights: Flat, source: str, output: Path | None, *, batch_size: int = 64, logits: bool = False
-) -> int:
+Answer = Callable[[list[dict[str, Any]], list[str]], list[dict[str, Any]]]
+"""(rows, a name for each in errors) -> predictions, in order."""
+
+
+def predict_file(source: str, output: Path | None, answer: Answer) -> int:
     """JSONL file (or - for standard input) to JSONL file (None: standard output); returns the number of lines.
 
     A file is written beside its place and renamed, so that an error leaves what was there.
@@ -49,8 +53,7 @@ def predict_file(
             raise UserError(f"input {source} does not exist")
         with file.open("rb") as stream:
             pairs = list(read_lines(stream, source))
-    rows, places = [row for _, row in pairs], [place for place, _ in pairs]
-    made = predict(job, weights, rows, places=places, batch_size=batch_size, logits=logits)
+    made = answer([row for _, row in pairs], [place for place, _ in pairs])
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
     if output is None:
         sys.stdout.write(text)
@@ -73,7 +76,7 @@ def predict(
     """Predictions for each row, in order.
 
     Args:
-        job: From `job.open_model`.
+        job: From `opening.open_model`.
         weights: The same.
         rows: Each with `text`, `text_a` and `text_b`, `tokens` or `image`, whichever the task reads.
         places: A name for each row in errors; None numbers them.
@@ -83,19 +86,83 @@ def predict(
     Raises:
         UserError: Naming the row that cannot be read.
     """
+    return predict_together([(job, weights)], rows, places=places, batch_size=batch_size, logits=logits)
+
+
+def predict_together(
+    models: Iterable[tuple[Job, Flat]],
+    rows: Sequence[dict[str, Any]],
+    *,
+    places: Sequence[str] | None = None,
+    batch_size: int = 64,
+    logits: bool = False,
+) -> list[dict[str, Any]]:
+    """The same of one model or several, such as `ensemble.members`: of several, what their averaged probabilities say.
+
+    Raises:
+        UserError: Naming the row that cannot be read.
+    """
     if not rows:
         return []
     places = places or [f"input {number}" for number in range(1, len(rows) + 1)]
+    found = []
+    for job, weights in models:
+        lines = read_rows(job, rows, places)
+        examples = job.task.examples(lines, train=False)
+        values, _ = Forward(job, examples, batch_size, "packed").outputs(weights)
+        found.append((job, examples, lines, values))
+    job, examples, lines, _ = found[0]
+    return job.task.predictions(averaged(job, [entry[3] for entry in found]), examples, lines, logits)
+
+
+def read_rows(job: Job, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> "Lines":
+    """Rows as records of the job's task.
+
+    Raises:
+        UserError: Naming the row that cannot be read, or that has other fields than the first.
+    """
     records = [job.task.read_input(row, place) for row, place in zip(rows, places, strict=True)]
     if len({tuple(sorted(record)) for record in records}) > 1:
         first = sorted(records[0])
         odd = next(p for r, p in zip(records, places, strict=True) if sorted(r) != first)
         raise UserError(f"{odd}: fields differ from {places[0]}'s; all lines of one file must have the same")
-    lines = Lines(records)
-    examples = job.task.examples(lines, train=False)
-    forward = Forward(job, examples, batch_size, "packed")
-    values, _ = forward.outputs(weights)
-    return job.task.predictions(values, examples, lines, logits)
+    return Lines(records)
+
+
+def predict_by_adapter(
+    models: Mapping[str, tuple[Job, Flat]],
+    rows: Sequence[dict[str, Any]],
+    *,
+    places: Sequence[str] | None = None,
+    batch_size: int = 64,
+    logits: bool = False,
+) -> list[dict[str, Any]]:
+    """Predictions for each row by the adapter that it names, in order.
+
+    Args:
+        models: From `opening.open_adapters`.
+        rows: Each with `adapter`, and what that one's task reads.
+        places: As those of `predict`.
+        batch_size: The same.
+        logits: The same.
+
+    Raises:
+        UserError: Naming the row that cannot be read, or names no adapter that there is.
+    """
+    places = places or [f"input {number}" for number in range(1, len(rows) + 1)]
+    numbers: dict[str, list[int]] = {}
+    for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+        name = row.get("adapter")
+        if not isinstance(name, str) or name not in models:
+            hint = nearest(name, list(models)) if isinstance(name, str) else ""
+            raise UserError(f"{place}: adapter {json.dumps(name)} is not among {', '.join(models)}{hint}")
+        numbers.setdefault(name, []).append(number)
+    made: dict[int, dict[str, Any]] = {}
+    for name, group in numbers.items():
+        own, where = [rows[number] for number in group], [places[number] for number in group]
+        answers = predict(*models[name], own, places=where, batch_size=batch_size, logits=logits)
+        made |= dict(zip(group, answers, strict=True))
+    return [made[number] for number in range(len(rows))]
 
 
 class Lines(list[dict[str, Any]]):

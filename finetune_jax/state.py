@@ -86,11 +86,16 @@ def initial_weights(
         return {path: values[path] for path in new}  # XLA drops the work behind the others
 
     made = jax.jit(initialise, out_shardings={path: shardings[path] for path in new})(jax.random.key(seed))
-    for path, value in loaded.items():
-        made[path] = jax.make_array_from_callback(
-            value.shape, shardings[path], lambda index, v=value: v[index]
-        )
+    made |= place_weights(loaded, shardings)
     return {path: made[path] for path in parts.abstract}
+
+
+def place_weights(values: Mapping[str, np.ndarray], shardings: Mapping[str, NamedSharding]) -> Flat:
+    """Arrays of the host on the mesh."""
+    return {
+        path: jax.make_array_from_callback(value.shape, shardings[path], lambda index, v=value: v[index])
+        for path, value in values.items()
+    }
 
 
 def create_state(

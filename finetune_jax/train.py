@@ -357,6 +357,7 @@ def finish(
         "best_step": best,
         "steps": step,
         "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
+        "only_class": {split: evaluation.only_class for split, evaluation in evaluations.items()},
         **meter.summary(),
         "compiled_after_warm_up": len(late.programs),
         "peak_memory_bytes": peak_memory_bytes(),

@@ -293,7 +293,7 @@ def test_an_unknown_saved_field_is_named():
 
 def test_logits_of_predictions_are_the_models(run, tmp_path):
     """In the input's order, whatever is packed with what."""
-    from finetune_jax.job import open_model
+    from finetune_jax.opening import open_model
     from finetune_jax.predict import predict
 
     job, weights = open_model(str(run))

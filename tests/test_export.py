@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from finetune_jax import train as loop
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
-from finetune_jax.job import open_model
+from finetune_jax.opening import open_model
 from finetune_jax.predict import predict
 from tests import tiny
 

@@ -20,7 +20,7 @@ from finetune_jax.cli import main
 from finetune_jax.config import CheckpointConfig
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
-from finetune_jax.job import open_model
+from finetune_jax.opening import open_model
 from finetune_jax.predict import predict
 from finetune_jax.train import Stopped, train
 from tests import tiny

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from scipy.special import logsumexp
 
 from finetune_jax.data.features import FEATURES
 from finetune_jax.data.pipeline import Examples
@@ -90,6 +92,10 @@ class Task(abc.ABC):
         """How far two logits of a batch are apart, summed over what has a label; 0 where they are equal."""
 
     @abc.abstractmethod
+    def averaged(self, logits: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits that stand for what several models predict on average."""
+
+    @abc.abstractmethod
     def metrics(self, logits: np.ndarray, examples: Any) -> tuple[dict[str, Any], str]:
         """Exact metrics of a whole split, and a report to print. `logits` has a row a segment or a piece."""
 
@@ -137,6 +143,14 @@ class ClassTask(Task):
         log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (one, two))
         apart = jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
         return jnp.sum(apart * batch["weights"])
+
+    def averaged(self, logits: Sequence[np.ndarray]) -> np.ndarray:
+        """The logarithm of the mean of the models' probabilities."""
+        log_p = [
+            x - logsumexp(x, axis=-1, keepdims=True)
+            for x in (np.asarray(values, np.float64) for values in logits)
+        ]
+        return np.asarray(logsumexp(log_p, axis=0) - math.log(len(log_p)), np.float32)
 
     def only_class(self, logits: np.ndarray, examples: Any) -> str | None:
         """The sign of a model that has collapsed."""

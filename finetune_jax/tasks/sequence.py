@@ -1,7 +1,7 @@
 """Text (or pairs of texts) to a class or to a score: BertForSequenceClassification."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,10 @@ class SequenceRegression(SequenceTask):
         """Squared difference of the scores."""
         apart = one[..., 0].astype(jnp.float32) - two[..., 0].astype(jnp.float32)
         return jnp.sum(apart**2 * batch["weights"])
+
+    def averaged(self, logits: Sequence[np.ndarray]) -> np.ndarray:
+        """The mean of the scores."""
+        return np.asarray(np.mean(logits, axis=0, dtype=np.float64), np.float32)
 
     def metrics(self, logits: np.ndarray, examples: TextFeatures) -> tuple[dict[str, Any], str]:
         """Pearson, Spearman, mean squared error."""

@@ -11,9 +11,9 @@ import torch
 
 from finetune_jax import train as loop
 from finetune_jax.config import MeshConfig, MethodsConfig, OptimConfig
-from finetune_jax.job import open_model
 from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Plain, RDrop
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
+from finetune_jax.opening import open_model
 from finetune_jax.step import make_train_step
 from finetune_jax.tasks.base import cross_entropy
 from tests import tiny

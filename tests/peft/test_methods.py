@@ -17,9 +17,9 @@ from finetune_jax.config import OptimConfig, PeftConfig
 from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
-from finetune_jax.job import open_model
 from finetune_jax.models.bert import BertConfig, Output
 from finetune_jax.models.layers import Conv, Linear
+from finetune_jax.opening import open_model
 from finetune_jax.peft.adalora import budget, layers_of, orthogonality, pruned
 from finetune_jax.peft.bottleneck import HoulsbyOutput, PfeifferOutput
 from finetune_jax.peft.dora import DoraLinear

@@ -1,0 +1,132 @@
+"""One recipe with several seeds: a run folder each, and what they say together."""
+
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from finetune_jax import metrics
+from finetune_jax.config import Config
+from finetune_jax.errors import UserError
+from finetune_jax.runfolder import MANIFEST_FILE
+from finetune_jax.sharding import Devices
+from finetune_jax.storage import Folder, make, place, write_json
+from finetune_jax.train import train
+from finetune_jax.writers import say
+
+SEEDS_FILE = "seeds.json"
+
+
+def train_seeds(
+    config: Config,
+    workdir: str | os.PathLike[str],
+    count: int,
+    *,
+    devices: Devices | None = None,
+    stop_at: int | None = None,
+    allow_change: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Fine-tune with the config's seed and the next ones, each in WORKDIR/seed-N; a run that has ended is not run again.
+
+    Args:
+        config: The recipe.
+        workdir: Folder of the run folders; made if it is not there.
+        count: How many seeds.
+        devices: As `train` takes them.
+        stop_at: The same, of the run that is on.
+        allow_change: The same, for every run.
+
+    Returns:
+        What seeds.json holds: `summarise` of the runs' results.
+
+    Raises:
+        UserError: The folder is a run of one seed, or what `train` says of a run.
+        Stopped: The same command goes on with the run that was on.
+    """
+    folder = place(workdir)
+    if count < 1:
+        raise UserError(f"seeds is {count}, must be at least 1")
+    if (folder / MANIFEST_FILE).is_file():
+        raise UserError(f"{folder} is a run of one seed; name another --workdir for {count} seeds")
+    results = {}
+    for seed in range(config.seed, config.seed + count):
+        say(f"seed {seed}, {seed - config.seed + 1} of {count}")
+        run = f"{workdir}/seed-{seed}"
+        one = dataclasses.replace(config, seed=seed)
+        results[seed] = train(one, run, devices=devices, stop_at=stop_at, allow_change=allow_change)
+    summary = summarise(results)
+    say(table(summary))
+    if jax.process_index() == 0:
+        make(folder)
+        write_json(folder / SEEDS_FILE, summary)
+    return summary
+
+
+def check_one_run(workdir: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        UserError: The folder holds runs of several seeds.
+    """
+    folder = place(workdir)
+    found = _runs(folder)
+    if found:
+        raise UserError(
+            f"{folder} holds runs of several seeds, such as {found[0]}; add --seeds {len(found)}, or name another --workdir"
+        )
+
+
+def _runs(folder: Folder) -> list[str]:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name for name in names if name.startswith("seed-") and name[5:].isdigit())
+
+
+def summarise(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the results of the runs by seed: for each split and metric mean, standard error, values by seed and the best seed; and
+    which runs predict one class only.
+
+    The standard error is the sample standard deviation over sqrt(n), None for one run.
+    """
+    splits = next(iter(results.values()))["metrics"]
+    found: dict[str, Any] = {}
+    for split, figures in splits.items():
+        names = [name for name, value in figures.items() if isinstance(value, int | float)]
+        found[split] = {name: _of_metric(name, results, split) for name in names}
+    collapsed = {seed: r["only_class"] for seed, r in results.items() if any(r["only_class"].values())}
+    return {"seeds": list(results), "metrics": found, "collapsed": sorted(collapsed)}
+
+
+def _of_metric(name: str, results: Mapping[int, Mapping[str, Any]], split: str) -> dict[str, Any]:
+    by_seed = {seed: result["metrics"][split][name] for seed, result in results.items()}
+    values = list(by_seed.values())
+    best = None
+    for seed, value in by_seed.items():
+        if best is None or metrics.is_better(name, value, by_seed[best]):
+            best = seed
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {
+        "mean": statistics.fmean(values),
+        "standard_error": error,
+        "best_seed": best,
+        "by_seed": {str(seed): value for seed, value in by_seed.items()},
+    }
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """To print."""
+    count = len(summary["seeds"])
+    lines = [f"{'split':<11} {'metric':<20} {'mean':>9} {'std. error':>11} {'best':>9}  seed"]
+    for split, figures in summary["metrics"].items():
+        for name, row in figures.items():
+            error = "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+            best = row["by_seed"][str(row["best_seed"])]
+            lines.append(
+                f"{split:<11} {name:<20} {row['mean']:>9.4f} {error:>11} {best:>9.4f}  {row['best_seed']}"
+            )
+    collapsed = ", ".join(map(str, summary["collapsed"]))
+    said = f"{len(summary['collapsed'])} of {count} runs predict one class only"
+    lines.append(said + (f": seeds {collapsed}" if collapsed else ""))
+    return "\n".join(lines)
