@@ -228,6 +228,77 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Search for hyper-parameters: each trial is a run folder, the study goes on where it was stopped."""
+
+    workdir: str
+    """Folder of the study and of the trials' run folders."""
+    space: str
+    """A Python file with suggest(trial), such as configs/spaces/sst2.py."""
+    config: str | None = None
+    """A recipe, such as configs/sst2_local.py."""
+    trials: int = 20
+    """How many, those done before included."""
+    overrides: Overrides = dataclasses.field(default_factory=Config)
+
+    def __call__(self) -> int:
+        from finetune_jax.sweep import SUMMARY_FILE, sweep
+        from finetune_jax.train import Stopped
+
+        try:
+            sweep(self.overrides, self.space, self.workdir, self.trials)
+        except Stopped as stopped:
+            print(f"finetune-jax: {stopped}", file=sys.stderr)
+            return stopped.code
+        print(os.path.join(self.workdir, SUMMARY_FILE))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RangeTest:
+    """Learning-rate range test: the loss while the rate grows, as numbers and as a picture."""
+
+    workdir: str
+    """Folder of range.json and range.png."""
+    config: str | None = None
+    """A recipe, such as configs/sst2_local.py."""
+    lowest: float = 1e-7
+    """Learning rate of the first update."""
+    highest: float = 1.0
+    """Of the last one."""
+    steps: int = 100
+    """Updates."""
+    overrides: Overrides = dataclasses.field(default_factory=Config)
+
+    def __call__(self) -> int:
+        from finetune_jax.range_test import PICTURE_FILE, range_test, told
+
+        found = range_test(self.overrides, self.workdir, self.lowest, self.highest, self.steps)
+        print(told(found))
+        print(os.path.join(self.workdir, PICTURE_FILE))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Soup:
+    """Average the weights of several runs, as a folder that transformers opens."""
+
+    runs: tuple[str, ...]
+    """Run folders of one architecture, labels and input."""
+    output: str
+    """A folder that does not exist yet."""
+    greedy: bool = False
+    """Take the runs by their metric on validation, and keep one only where the mean with it is no worse."""
+
+    def __call__(self) -> int:
+        from finetune_jax.soup import soup
+
+        soup(self.runs, on_disk(self.output), greedy=self.greedy)
+        print(self.output)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Versions, devices, what is missing and how to install it."""
 
@@ -243,6 +314,9 @@ COMMANDS = {
     "evaluate": Evaluate,
     "predict": Predict,
     "export": Export,
+    "sweep": Sweep,
+    "range-test": RangeTest,
+    "soup": Soup,
     "checkpoint": Checkpoint,
     "plan": Plan,
     "doctor": Doctor,
@@ -268,7 +342,10 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def parse(argv: list[str]) -> Train | Evaluate | Predict | Export | Checkpoint | Plan | Doctor:
+Command = Train | Evaluate | Predict | Export | Sweep | RangeTest | Soup | Checkpoint | Plan | Doctor
+
+
+def parse(argv: list[str]) -> Command:
     """The command that the words say, a recipe's values as the defaults of its fields."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: finetune-jax {{{','.join(COMMANDS)}}} ...\n")

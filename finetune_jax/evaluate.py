@@ -149,18 +149,14 @@ def evaluate_model(
         if not is_run(path):
             raise UserError(f"{model} is not a run folder: say which data with --config")
         config = load_saved(path / CONFIG_FILE)
-    source, found = None, []
+    found = []
     for job, weights in members(models, step=step, max_length=config.data.max_length, mesh=config.mesh):
         if TASKS[config.task.name] is not type(job.task):
             raise UserError(
                 f"{model} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
             )
-        source = source or load_source(config.data, config.task.name, labels=job.task.labels)
-        if split not in source.splits:
-            raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
-        examples = job.task.examples(source.splits[split], train=False)
-        settings = config.data
-        forward = Forward(job, examples, config.evaluation.batch_size, settings.batching, settings.threads)
+        examples = split_of(config, job, split)
+        forward = forward_of(config, job, examples)
         if len(models) == 1:
             return evaluate(forward, job, examples, weights)
         found.append((job, examples, forward.outputs(weights)[0]))
@@ -175,3 +171,21 @@ def evaluate_model(
     figures, report = job.task.metrics(logits, examples)
     sums = {"loss": job.task.loss(jnp.asarray(logits), known)}
     return Evaluation(metrics.means(sums) | figures, report, job.task.only_class(logits, examples))
+
+
+def split_of(config: Config, job: Job, split: str) -> Examples:
+    """A split of a recipe's data, as the job's task reads it.
+
+    Raises:
+        UserError: There is no such split, or labels that the model does not know.
+    """
+    source = load_source(config.data, config.task.name, labels=job.task.labels)
+    if split not in source.splits:
+        raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
+    return job.task.examples(source.splits[split], train=False)
+
+
+def forward_of(config: Config, job: Job, examples: Examples) -> Forward:
+    """The forward step of a split, as the recipe evaluates."""
+    data = config.data
+    return Forward(job, examples, config.evaluation.batch_size, data.batching, data.threads)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -294,8 +295,10 @@ def _processor(config: Config, checkpoint: Checkpoint | None, channels: int) -> 
     return processor.with_size(image.size) if image.override_size else processor
 
 
-def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
-    """What the recipe says of freezing, learning rate, optimizer and weight decay.
+def make_updates(
+    config: Config, job: Job, total_steps: int, schedule: optax.Schedule | None = None
+) -> Updates:
+    """What the recipe says of freezing, learning rate (or another schedule does), optimizer and weight decay.
 
     Raises:
         UserError: Nothing is left to train.
@@ -308,7 +311,7 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     trained = [path for path, frozen in is_frozen.items() if not frozen]
     depth = depths(parameters, family.STEM, family.BLOCK)
     pace = paces(depth, trained, optim.layer_decay, optim.rates, optim.unfreeze_every)
-    schedule = make_schedule(config.optim, total_steps)
+    schedule = schedule or make_schedule(config.optim, total_steps)
     decay = lookup((*install.DECAY, *family.DECAY), trained, "weight-decay rule")
     methods, objective = config.methods, make_objective(config.methods, job)
     penalty = last = None

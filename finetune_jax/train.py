@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,18 @@ class Stopped(Exception):
         self.code = code
 
 
+class Pruned(Stopped):
+    """An evaluation made the run hopeless."""
+
+
+class Diverged(UserError):
+    """Too many updates in a row were not finite."""
+
+
+OnEvaluation = Callable[[int, float], bool]
+"""(step, value of the deciding metric on validation) -> whether the run is to end."""
+
+
 def train(
     config: Config,
     workdir: str | os.PathLike[str],
@@ -79,6 +91,7 @@ def train(
     stop_at: int | None = None,
     allow_change: Sequence[str] = (),
     profile: int = 0,
+    on_evaluation: OnEvaluation | None = None,
 ) -> dict[str, Any]:
     """Fine-tune as the config says, or go on with what is in the run folder.
 
@@ -89,13 +102,14 @@ def train(
         stop_at: Save and stop after this many updates, as a signal at that step would.
         allow_change: Config fields in which a run that goes on may differ from how it began.
         profile: Write a trace of so many steps into the run folder.
+        on_evaluation: Asked after each evaluation on validation.
 
     Returns:
         What result.json holds.
 
     Raises:
         UserError: Input that cannot be used, a run that cannot be saved, or one whose updates are not finite.
-        Stopped: By SIGTERM, SIGINT or `stop_at`.
+        Stopped: By SIGTERM, SIGINT or `stop_at`; `Pruned` by `on_evaluation`. All is saved.
     """
     config, run = validate(config), place(workdir)
     if profile < 0:
@@ -110,7 +124,7 @@ def train(
     with open_run_folder(config, run, setup.job, setup.source, setup.batches.shape):
         saver = CheckpointWriter(run, config.checkpoint.keep, config.checkpoint.keep_every_steps)
         with contextlib.closing(saver):
-            return fit(setup, run, saver, stop_at, profile)
+            return fit(setup, run, saver, stop_at, profile, on_evaluation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +209,12 @@ def first_state(setup: Setup) -> TrainState:
 
 
 def fit(
-    setup: Setup, run: Folder, saver: CheckpointWriter, stop_at: int | None, profile: int = 0
+    setup: Setup,
+    run: Folder,
+    saver: CheckpointWriter,
+    stop_at: int | None,
+    profile: int = 0,
+    on_evaluation: OnEvaluation | None = None,
 ) -> dict[str, Any]:
     """Compile, restore, loop, result."""
     config, job, batches, total_steps = setup.config, setup.job, setup.batches, setup.total_steps
@@ -230,7 +249,7 @@ def fit(
     meter = Meter(batches, step)
     trace = Trace(run, profile, total_steps - step)
     unreadable: list[Unreadable] = []
-    validation = Validation(setup, forwards.get("validation"), writer, progress, unreadable)
+    validation = Validation(setup, forwards.get("validation"), writer, progress, unreadable, on_evaluation)
     if step == 0:
         skipped = {"skipped_records": len(setup.source.skipped)}
         writer.write("data", 0, skipped | padding_row(batches))
@@ -290,7 +309,7 @@ def fit(
                 evaluating = is_boundary(config.evaluation.every_steps, step, batches, total_steps)
                 if evaluating:
                     measure()
-                stopping = stop() or step == stop_at or bool(unreadable)
+                stopping = stop() or step == stop_at or bool(unreadable) or validation.is_hopeless
                 every = config.checkpoint.every_steps
                 periodic = every is not None and step % every == 0
                 if evaluating or periodic or stopping:
@@ -308,6 +327,8 @@ def fit(
                 saver.finish()
             if unreadable:
                 raise UserError(f"{unreadable[0]}; the same command goes on from step {step}")
+            if validation.is_hopeless and step < total_steps:
+                raise Pruned(step, 128 + signal.SIGTERM)
             if stop() or (step == stop_at and step < total_steps):
                 raise Stopped(step, 128 + (watch.requested or signal.SIGTERM))
         signals.phase("evaluating the result")
@@ -383,6 +404,7 @@ class Validation:
         writer: Writer,
         progress: Progress,
         unreadable: list[Unreadable],
+        on_evaluation: OnEvaluation | None = None,
     ) -> None:
         """
         Args:
@@ -391,9 +413,11 @@ class Validation:
             writer: Takes the rows.
             progress: Takes the best step and value.
             unreadable: Takes the reason why the split cannot be read.
+            on_evaluation: Says whether the run is to end.
         """
         self._setup, self._forward, self._writer, self._progress = setup, forward, writer, progress
-        self._unreadable = unreadable
+        self._unreadable, self._on_evaluation = unreadable, on_evaluation
+        self.is_hopeless = False
         self.last: Evaluation | None = None
         self.measured_at = -1
 
@@ -429,6 +453,8 @@ class Validation:
                 f" collapsed: lower optim.learning-rate ({rate:g}), lengthen optim.warmup-ratio"
                 f" ({setup.config.optim.warmup_ratio:g}), or try another seed ({setup.config.seed})"
             )
+        if self._on_evaluation is not None:
+            self.is_hopeless = self._on_evaluation(step, value)
         better = metrics.is_better(setup.metric, value, progress.best_value)
         progress.stale = 0 if better else progress.stale + 1
         if better:
@@ -515,7 +541,7 @@ def write_train_row(setup: Setup, writer: Writer, meter: Meter, step: int, sums:
     if in_a_row:
         writer.say(f"step {step}: loss or gradient is not finite; {in_a_row} updates in a row are skipped")
     if in_a_row >= setup.config.train.stop_after_skipped:
-        raise UserError(
+        raise Diverged(
             f"{in_a_row} updates in a row up to step {step} had a loss or a gradient that is not finite"
             f" (train.stop-after-skipped {setup.config.train.stop_after_skipped}); the last good checkpoint stays:"
             f" look at the data, or lower optim.learning-rate ({setup.config.optim.learning_rate:g}) in a new --workdir"

@@ -1,0 +1,143 @@
+"""The mean of the weights of several runs, as one model (model soups, Wortsman et al. 2022, arXiv:2203.05482)."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune_jax import __version__, metrics, signals, storage
+from finetune_jax.config import MeshConfig, load_saved
+from finetune_jax.ensemble import members
+from finetune_jax.errors import UserError
+from finetune_jax.evaluate import evaluate, forward_of, split_of
+from finetune_jax.export import CARD_FILE
+from finetune_jax.hf import files
+from finetune_jax.hf.pretrained import export_tensors
+from finetune_jax.job import CONFIG_FILE, Job, make_job, save_model_folder
+from finetune_jax.opening import is_run
+from finetune_jax.peft import install
+from finetune_jax.state import place_weights
+from finetune_jax.tree import Flat
+from finetune_jax.writers import say
+
+
+def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str, Any]:
+    """Write a Hugging Face folder of the mean of the runs' best weights; what a method of `peft` added is merged before.
+
+    The mean is taken in float64. BatchNorm's running averages are averaged as the weights are: they are those of no network
+    that has run, so look at the metrics. With `greedy` (algorithm 1 of the paper) the runs come in by their metric on the first
+    run's validation split, and one stays where the mean with it is no worse there.
+
+    Args:
+        runs: Run folders of one architecture with the same labels and input.
+        output: A folder that does not exist yet.
+        greedy: Keep a run only where it does not harm.
+
+    Returns:
+        `metric`, `candidates` (each run's value), `chosen` runs and the `value` of their mean, all on validation.
+
+    Raises:
+        UserError: A run is none or of another kind, or there is nothing to choose by.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already; name a new folder or remove it")
+    if len(runs) < 2:
+        raise UserError(f"a soup needs at least 2 runs, not {len(runs)}; name more with --runs")
+    for run in runs:
+        if not is_run(storage.place(run)):
+            raise UserError(f"{run} is not a run folder; name the --workdir of finetune-jax train")
+    config = load_saved(storage.place(runs[0]) / CONFIG_FILE)
+    signals.phase("making a soup")
+    found: list[tuple[Job, Flat]] = []
+    for run, (job, weights) in zip(runs, members(runs), strict=True):
+        if job.peft.method not in ("none", *install.MERGED):
+            raise UserError(
+                f"{run}: what peft.method {job.peft.method} adds cannot be multiplied into the model"
+            )
+        found.append((job, install.merged(weights, job.peft)))
+    first = found[0][0]
+    plain = make_job(first.task, first.family, first.model_config, MeshConfig(), None)
+    different = [
+        run for run, (_, flat) in zip(runs, found, strict=True) if _shapes(flat) != _shapes(found[0][1])
+    ]
+    if different:
+        raise UserError(
+            f"{different[0]} has weights of other shapes than {runs[0]}; a soup needs runs of one model"
+        )
+    metric = config.evaluation.metric or plain.task.metric
+    examples = split_of(config, plain, "validation")
+    forward = forward_of(config, plain, examples)
+
+    def value_of(chosen: Sequence[int]) -> float:
+        mean = place_weights(mean_of([found[number][1] for number in chosen]), plain.shardings)
+        return float(evaluate(forward, plain, examples, mean).metrics[metric])
+
+    alone = [value_of([number]) for number in range(len(runs))]
+    chosen = pick(alone, value_of, metric) if greedy else list(range(len(runs)))
+    result = {
+        "metric": metric,
+        "candidates": dict(zip(runs, alone, strict=True)),
+        "chosen": [runs[number] for number in chosen],
+        "value": value_of(chosen),
+        "greedy": greedy,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
+        save_model_folder(plain, draft)
+        mean = mean_of([found[number][1] for number in chosen])
+        files.save_tensors(draft, export_tensors(plain.family, mean))
+        (draft / CARD_FILE).write_text(_card(plain, result), encoding="utf-8")
+        os.chmod(draft, 0o755)  # mkdtemp made it private
+        os.rename(draft, output)
+    say(json.dumps(result, indent=2))
+    return result
+
+
+def pick(alone: Sequence[float], value_of: Any, metric: str) -> list[int]:
+    """Numbers of the runs that algorithm 1 keeps.
+
+    Args:
+        alone: Each run's value.
+        value_of: Numbers of runs -> value of the mean of their weights.
+        metric: What the values are of.
+    """
+    sign = 1 if metrics.LARGER_IS_BETTER.get(metric, True) else -1
+    order = sorted(range(len(alone)), key=lambda number: -sign * alone[number])
+    chosen, best = [order[0]], alone[order[0]]
+    for number in order[1:]:
+        value = value_of([*chosen, number])
+        if sign * value >= sign * best:
+            chosen, best = [*chosen, number], value
+    return chosen
+
+
+def mean_of(weights: Sequence[Flat]) -> dict[str, np.ndarray]:
+    """float32, summed in float64."""
+
+    def of(path: str) -> np.ndarray:
+        return np.asarray(np.mean([flat[path] for flat in weights], axis=0, dtype=np.float64), np.float32)
+
+    return {path: of(path) for path in weights[0]}
+
+
+def _shapes(flat: Flat) -> dict[str, tuple[int, ...]]:
+    return {path: value.shape for path, value in flat.items()}
+
+
+def _card(job: Job, result: dict[str, Any]) -> str:
+    kind = "greedy" if result["greedy"] else "uniform"
+    lines = ["---", "library_name: transformers", "tags: [finetune-jax, jax, flax, model-soup]", "---", ""]
+    lines += [f"# {job.task.architecture}", ""]
+    lines += [
+        f"The mean of the weights of {len(result['chosen'])} runs ({kind} soup), finetune_jax {__version__}.",
+        "",
+    ]
+    lines += [f"Validation {result['metric']}: {result['value']:.4f}.", ""]
+    lines += [f"| run | validation {result['metric']} | in the mean |", "|---|---|---|"]
+    for run, value in result["candidates"].items():
+        lines.append(f"| {Path(run).name} | {value:.4f} | {'yes' if run in result['chosen'] else 'no'} |")
+    return "\n".join([*lines, ""])

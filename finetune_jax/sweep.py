@@ -1,0 +1,240 @@
+"""Search for hyper-parameters with Optuna: each trial is a run folder; what was running when the process died goes on."""
+
+import importlib.util
+import json
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from finetune_jax import metrics
+from finetune_jax.checkpoint import DIRECTORY
+from finetune_jax.config import Config, field_paths, from_dict, nearest, to_dict, validate
+from finetune_jax.errors import UserError
+from finetune_jax.sharding import Devices
+from finetune_jax.storage import in_bucket, make, place, remove, write_json
+from finetune_jax.tasks import TASKS
+from finetune_jax.train import Diverged, Pruned, train
+from finetune_jax.writers import say
+
+STUDY_FILE, SUMMARY_FILE = "study.db", "sweep.json"
+_NAME = "sweep"
+_FIRST_TRIALS = 5
+"""Trials before the first that may be pruned: fewer say too little of what is usual."""
+
+Suggest = Callable[[Any], Mapping[str, Any]]
+"""An Optuna trial -> values by dotted config path."""
+
+
+def sweep(
+    config: Config,
+    space: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    trials: int,
+    *,
+    devices: Devices | None = None,
+    stop_at: int | None = None,
+) -> dict[str, Any]:
+    """Train with values that a tree-structured Parzen estimator chooses (Bergstra et al. 2011), up to `trials` in all.
+
+    A trial ends early where an evaluation is worse than the median of the others' best at that step. Of the trials that are
+    done only the best one keeps its checkpoints.
+
+    Args:
+        config: The recipe that the values change.
+        space: A Python file with `suggest(trial)`, which returns values by dotted config path.
+        workdir: Folder of study.db and of the trials' run folders, on this machine; what is there is gone on with.
+        trials: How many, those done before included.
+        devices: As `train` takes them.
+        stop_at: The same, of every trial.
+
+    Returns:
+        What sweep.json holds: metric, best trial, all trials.
+
+    Raises:
+        UserError: The space, its values or the folder cannot be used, or Optuna is missing.
+        Stopped: The same command goes on with the trial that was on.
+    """
+    optuna = _optuna()
+    folder, suggest = place(workdir), load_space(space)
+    if in_bucket(folder) or jax.process_count() > 1:
+        raise UserError(f"a sweep runs in one process and keeps its study on a disk; {folder} does not do")
+    if trials < 1:
+        raise UserError(f"trials is {trials}, must be at least 1")
+    metric = config.evaluation.metric or TASKS[config.task.name].metric
+    make(folder)
+    url = f"sqlite:///{Path(folder).resolve() / STUDY_FILE}"
+    larger = metrics.LARGER_IS_BETTER.get(metric, True)
+    study = optuna.create_study(
+        storage=url,
+        study_name=_NAME,
+        direction="maximize" if larger else "minimize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=_FIRST_TRIALS),
+        load_if_exists=True,
+    )
+    known = study.get_trials(deepcopy=False)
+    # A sampler that is made anew must not draw again what it drew.
+    study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(known))
+    states = optuna.trial.TrialState
+    begun = [optuna.trial.Trial(study, trial._trial_id) for trial in known if trial.state == states.RUNNING]
+    while begun or len(study.get_trials(deepcopy=False)) < trials:
+        trial = begun.pop(0) if begun else study.ask()
+        values = suggested(suggest, trial, space)
+        run = folder / f"trial-{trial.number}"
+        say(f"trial {trial.number}, {trial.number + 1} of {trials}: {_words(values)}")
+        told = dict(study.trials[trial.number].intermediate_values)
+
+        def is_hopeless(step: int, value: float, trial: Any = trial, told: dict[int, float] = told) -> bool:
+            if step not in told:  # a trial that goes on may measure a step again
+                trial.report(value, step)
+                told[step] = value
+            return trial.should_prune()
+
+        try:
+            own = applied(config, values, space)
+            result = train(own, run, devices=devices, stop_at=stop_at, on_evaluation=is_hopeless)
+        except Pruned:
+            study.tell(trial, state=states.PRUNED)
+        except Diverged as error:
+            say(f"trial {trial.number}: {error}")
+            study.tell(trial, state=states.FAIL)
+        except UserError:
+            study.tell(trial, state=states.FAIL)
+            raise
+        else:
+            if "validation" not in result["metrics"]:
+                study.tell(trial, state=states.FAIL)
+                raise UserError(
+                    "a sweep needs a validation split to choose by; set --data.validation-fraction"
+                )
+            trial.set_user_attr("words", _words(values))
+            study.tell(trial, result["metrics"]["validation"][metric])
+        _keep_the_best(study, folder, states)
+    summary = _summary(study, metric, states)
+    write_json(folder / SUMMARY_FILE, summary)
+    say(_told(summary))
+    return summary
+
+
+def _optuna() -> Any:
+    """
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("a sweep needs Optuna; pip install 'finetune-jax[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def load_space(file: str | os.PathLike[str]) -> Suggest:
+    """`suggest` of a space file.
+
+    Raises:
+        UserError: There is no such file or function, or the file fails.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"space file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"space file {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"space file {path} fails: {type(error).__name__}: {error}") from error
+    suggest = getattr(module, "suggest", None)
+    if not callable(suggest):
+        raise UserError(f"space file {path} has no function suggest(trial)")
+    return suggest  # pyright: ignore[reportReturnType]
+
+
+def suggested(suggest: Suggest, trial: Any, space: str | os.PathLike[str]) -> dict[str, Any]:
+    """Values by dotted path, as the space file has them for a trial.
+
+    Raises:
+        UserError: It fails, returns something else, or names a field that there is not.
+    """
+    try:
+        values = suggest(trial)
+    except Exception as error:
+        raise UserError(f"{space}: suggest fails: {type(error).__name__}: {error}") from error
+    if not isinstance(values, Mapping) or not values:
+        raise UserError(f"{space}: suggest returns {values!r}, must return values by config path")
+    known = field_paths()
+    found = {str(path).replace("_", "-"): value for path, value in values.items()}
+    for path in found:
+        if path not in known:
+            raise UserError(f"{space}: there is no config field {path}{nearest(path, known)}")
+    return found
+
+
+def applied(config: Config, values: Mapping[str, Any], space: str | os.PathLike[str]) -> Config:
+    """The recipe with these values.
+
+    Raises:
+        UserError: The config takes one of them not.
+    """
+    fields = to_dict(config)
+    for path, value in values.items():
+        *rooms, name = path.replace("-", "_").split(".")
+        place: dict[str, Any] = fields
+        for room in rooms:
+            place = place[room]
+        place[name] = value
+    return validate(from_dict(fields, str(space)))
+
+
+def _keep_the_best(study: Any, folder: Any, states: Any) -> None:
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    complete = [trial for trial in done if trial.state == states.COMPLETE]
+    best = study.best_trial.number if complete else None
+    for trial in done:
+        if trial.number != best:
+            remove(folder / f"trial-{trial.number}" / DIRECTORY)
+
+
+def _summary(study: Any, metric: str, states: Any) -> dict[str, Any]:
+    rows = [
+        {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            metric: trial.value if trial.state == states.COMPLETE else None,
+            "values": trial.params,
+            "words": trial.user_attrs.get("words"),
+        }
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    complete = [row for row in rows if row[metric] is not None]
+    best = next((row for row in complete if row["trial"] == study.best_trial.number), None)
+    return {"metric": metric, "best": best, "trials": rows}
+
+
+def _told(summary: Mapping[str, Any]) -> str:
+    count = dict.fromkeys(("complete", "pruned", "fail"), 0)
+    for row in summary["trials"]:
+        count[row["state"]] = count.get(row["state"], 0) + 1
+    said = f"{len(summary['trials'])} trials: " + ", ".join(f"{n} {state}" for state, n in count.items())
+    best = summary["best"]
+    if best is None:
+        return f"{said}; none was completed"
+    return f"{said}\nbest is trial {best['trial']}, validation {summary['metric']} {best[summary['metric']]:.4f}: {best['words']}"
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    """As they are given to the train command."""
+    words = []
+    for path, value in values.items():
+        if isinstance(value, bool):
+            room, _, name = path.rpartition(".")
+            words.append(f"--{room}.{name}" if value else f"--{room}.no-{name}")
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            words.append(f"--{path} {shlex.quote(text)}")
+    return " ".join(words)

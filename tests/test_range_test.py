@@ -1,0 +1,62 @@
+"""The learning-rate range test: its rates, its losses, what it reads off them, and its picture."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune_jax import cli
+from finetune_jax.range_test import range_test, smoothed, summary
+from tests.tiny import config_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+
+
+def test_the_average_begins_without_bias():
+    losses = [2.0, 4.0, 1.0]
+    expected = [2.0, (0.09 * 2 + 0.1 * 4) / 0.19, (0.081 * 2 + 0.09 * 4 + 0.1 * 1) / 0.271]
+    np.testing.assert_allclose(smoothed(losses), expected)
+
+
+def test_what_is_read_off():
+    """A loss that falls fastest in the middle of a logistic curve, and then rises."""
+    rates = np.logspace(-6, 0, 121)
+    x = np.log10(rates)
+    losses = 2 - 1.5 / (1 + np.exp(-4 * (x + 3))) + np.where(x > -1, (x + 1) * 3, 0)
+    found = summary(rates.tolist(), losses.tolist())
+    assert -3.2 < math.log10(found["steepest"]) < -2.3, "smoothing delays it a little"
+    assert -1.2 < math.log10(found["lowest"]) < -0.5
+    assert len(summary([*rates, 1.0], [*losses, math.nan])["losses"]) == 121
+
+
+def test_a_run_of_it(tmp_path, capsys):
+    config = config_of("text", tmp_path)
+    found = range_test(config, tmp_path / "w", 1e-6, 10.0, 40, devices=jax.devices()[:1])
+    assert found == json.loads((tmp_path / "w/range.json").read_text())
+    rates = np.array(found["rates"])
+    np.testing.assert_allclose(rates, 1e-6 * 1e7 ** (np.arange(len(rates)) / 39), rtol=1e-5)
+    assert 1e-6 < found["steepest"] <= found["lowest"] < 10
+    assert found["losses"][0] == pytest.approx(math.log(2), rel=0.2)
+    with Image.open(tmp_path / "w/range.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[1] == 840
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10, "something is drawn"
+    assert not (tmp_path / "w/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lowest", "0.1", "--highest", "0.01"], "needs 0 < --lowest < --highest, not 0.1 and 0.01"),
+        (["--steps", "3"], "range-test --steps is 3, must be at least 10"),
+    ],
+)
+def test_wrong_limits_are_one_line(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["range-test", "--workdir", str(tmp_path / "w"), *words])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()

@@ -1,0 +1,90 @@
+"""Means of weights: uniform and greedy, of plain runs and of merged adapters."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from finetune_jax import cli
+from finetune_jax import train as loop
+from finetune_jax.config import PeftConfig
+from finetune_jax.errors import UserError
+from finetune_jax.evaluate import evaluate_model
+from finetune_jax.hf.files import Tensors
+from finetune_jax.opening import open_model
+from finetune_jax.peft.install import merged
+from finetune_jax.soup import pick, soup
+from tests.tiny import config_of
+
+replace = dataclasses.replace
+ONE = slice(0, 1)
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Three runs: two whole ones, and one with an adapter."""
+    folder = tmp_path_factory.mktemp("soup")
+    config, found = config_of("text", folder, steps=3), []
+    for number, own in enumerate(
+        (config, replace(config, seed=1), replace(config, peft=PeftConfig("lora", rank=2)))
+    ):
+        loop.train(own, folder / f"run-{number}", devices=jax.devices()[ONE])
+        found.append(str(folder / f"run-{number}"))
+    return found
+
+
+def test_the_mean_is_the_mean(runs, tmp_path):
+    result = soup(runs, tmp_path / "out")
+    assert result["chosen"] == runs
+    opened = [open_model(run) for run in runs]
+    plain = [merged(weights, job.peft) for job, weights in opened]
+    path = "bert/encoder/layer/0/attention/self/query/kernel"
+    with Tensors(tmp_path / "out", "model.safetensors") as tensors:
+        found = tensors["bert.encoder.layer.0.attention.self.query.weight"].T
+    np.testing.assert_allclose(found, np.mean([flat[path] for flat in plain], 0), atol=1e-7)
+    _, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    for run in runs:
+        value = evaluate_model(run, None, "validation").metrics["accuracy"]
+        assert result["candidates"][run] == pytest.approx(value)
+        assert f"{value:.4f}" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_greedy_recipe_by_hand():
+    """Algorithm 1 of arXiv:2203.05482: by value, and only what does no harm."""
+    values = {(2,): 0.9, (0,): 0.8, (1,): 0.7, (2, 0): 0.85, (2, 1): 0.95}
+    alone = [values[number,] for number in range(3)]
+    assert pick(alone, lambda chosen: values[tuple(chosen)], "accuracy") == [2, 1]
+    losses = [0.5, 0.4, 0.6]
+    assert pick(losses, lambda chosen: 0.4 if len(chosen) == 2 else 0.3, "loss") == [1, 0, 2]
+
+
+def test_the_command(runs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["soup", "--runs", *runs, "--output", str(tmp_path / "out"), "--greedy"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    job, _ = open_model(str(tmp_path / "out"))
+    assert job.peft.method == "none"
+
+
+def test_what_makes_no_soup_is_said(runs, tmp_path):
+    other = config_of("token", tmp_path, steps=1)
+    loop.train(other, tmp_path / "token", devices=jax.devices()[ONE])
+    for chosen, message in (
+        (runs[ONE], r"a soup needs at least 2 runs, not 1"),
+        ([runs[0], str(tmp_path)], r"is not a run folder"),
+        ([runs[0], str(tmp_path / "token")], r"an ensemble needs models of one kind"),
+    ):
+        with pytest.raises(UserError, match=message):
+            soup(chosen, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,144 @@
+"""The search: plain runs with the study's values, pruned by their evaluations, gone on with where a process died."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import optuna
+import pytest
+
+from finetune_jax import cli
+from finetune_jax import train as loop
+from finetune_jax.errors import UserError
+from finetune_jax.sweep import applied, load_space, suggested, sweep
+from tests.tiny import assert_same_bits, config_of, saved
+
+replace = dataclasses.replace
+ONE = slice(0, 1)
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+
+
+def space(folder, body='return {"optim.learning_rate": trial.suggest_float("rate", 1e-4, 1e-1, log=True)}'):
+    file = folder / "space.py"
+    file.write_text(f"def suggest(trial):\n    {body}\n")
+    return file
+
+
+def study_of(folder):
+    return optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder}/study.db")
+
+
+def test_trials_are_runs_and_the_best_is_told(tmp_path, capsys):
+    config, devices = config_of("text", tmp_path, steps=3), jax.devices()[ONE]
+    found = sweep(config, space(tmp_path), tmp_path / "w", 3, devices=devices)
+    assert found == json.loads((tmp_path / "w/sweep.json").read_text())
+    assert [row["state"] for row in found["trials"]] == ["complete"] * 3
+    best = max(found["trials"], key=lambda row: row["accuracy"])
+    assert found["best"]["accuracy"] == best["accuracy"]
+    words = found["best"]["words"].split()
+    assert words[0] == "--optim.learning-rate"
+    assert float(words[1]) == found["best"]["values"]["rate"]
+    assert f"best is trial {found['best']['trial']}" in capsys.readouterr().err
+    for row in found["trials"]:
+        run = tmp_path / f"w/trial-{row['trial']}"
+        result = json.loads((run / "result.json").read_text())
+        assert result["metrics"]["validation"]["accuracy"] == row["accuracy"]
+        assert (run / "checkpoints").exists() == (row["trial"] == found["best"]["trial"])
+    more = sweep(config, tmp_path / "space.py", tmp_path / "w", 4, devices=devices)
+    assert more["trials"][:3] == found["trials"]
+    assert len({row["values"]["rate"] for row in more["trials"]}) == 4, "a sampler draws nothing twice"
+
+
+def test_a_trial_that_was_on_goes_on_with_its_values(tmp_path):
+    config, devices = config_of("text", tmp_path, steps=4), jax.devices()[ONE]
+    with pytest.raises(loop.Stopped):
+        sweep(config, space(tmp_path), tmp_path / "w", 1, devices=devices, stop_at=2)
+    (begun,) = study_of(tmp_path / "w").trials
+    assert begun.state == optuna.trial.TrialState.RUNNING
+    found = sweep(config, tmp_path / "space.py", tmp_path / "w", 1, devices=devices)
+    assert [row["values"] for row in found["trials"]] == [begun.params]
+    optim = replace(config.optim, learning_rate=begun.params["rate"])
+    loop.train(replace(config, optim=optim), tmp_path / "whole", devices=devices)
+    assert_same_bits(saved(tmp_path / "whole"), saved(tmp_path / "w/trial-0"))
+
+
+def test_hopeless_trials_end_early(tmp_path, monkeypatch):
+    """With a pruner that always says so: after the first evaluation, everything saved."""
+    monkeypatch.setattr(optuna.pruners.MedianPruner, "prune", lambda *_: True)
+    config = config_of("text", tmp_path, epochs=3)
+    found = sweep(config, space(tmp_path), tmp_path / "w", 2, devices=jax.devices()[ONE])
+    assert [row["state"] for row in found["trials"]] == ["pruned", "pruned"]
+    assert found["best"] is None
+    rows = (tmp_path / "w/trial-0/metrics.jsonl").read_text()
+    assert rows.count('"validation"') == 1
+    (told,) = study_of(tmp_path / "w").trials[0].intermediate_values.values()
+    assert 0 <= told <= 1
+
+
+def test_a_run_is_asked_and_ends(tmp_path):
+    config, asked = config_of("text", tmp_path, epochs=3), []
+
+    def ask(step, value):
+        asked.append((step, value))
+        return len(asked) == 2
+
+    with pytest.raises(loop.Pruned):
+        loop.train(config, tmp_path / "run", devices=jax.devices()[ONE], on_evaluation=ask)
+    assert [step for step, _ in asked] == [4, 8]
+    assert saved(tmp_path / "run")[0] == 8
+    result = loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+    whole = loop.train(config, tmp_path / "whole", devices=jax.devices()[ONE])
+    assert result["metrics"] == whole["metrics"], "it can be gone on with"
+
+
+def test_a_diverging_trial_fails_and_the_next_one_runs(tmp_path):
+    body = 'return {"optim.learning-rate": [1e30, 1e-3][trial.number], "optim.clip-norm": None}'
+    config = config_of("text", tmp_path, steps=6)
+    config = replace(
+        config,
+        optim=replace(config.optim, name="sgd", warmup_ratio=0.0),
+        train=replace(config.train, stop_after_skipped=2),
+    )
+    found = sweep(config, space(tmp_path, body), tmp_path / "w", 2, devices=jax.devices()[ONE])
+    assert [row["state"] for row in found["trials"]] == ["fail", "complete"]
+    assert math.isfinite(found["best"]["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('return {"optim.learning-rat": 1.0}', r"there is no config field optim.learning-rat; did you mean optim.learning-rate\?"),
+        ("return {}", r"suggest returns {}, must return values by config path"),
+        ("return 1 / 0", r"suggest fails: ZeroDivisionError: division by zero"),
+        ('return {"train.batch-size": 0}', r"train.batch-size is 0, must be at least 1"),
+        ('return {"optim.name": "adam"}', r"optim.name: Input should be"),
+    ],
+)  # fmt: skip
+def test_wrong_spaces_are_one_line(body, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        sweep(config_of("text", tmp_path), space(tmp_path, body), tmp_path / "w", 2)
+    assert not (tmp_path / "w/trial-0").exists()
+
+
+def test_wrong_calls_are_one_line(tmp_path, capsys):
+    def said(*words):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["sweep", "--workdir", str(tmp_path / "w"), *words])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert "space file no.py does not exist" in said("--space", "no.py")
+    (tmp_path / "empty.py").write_text("")
+    assert "has no function suggest(trial)" in said("--space", str(tmp_path / "empty.py"))
+    assert "trials is 0, must be at least 1" in said("--space", str(space(tmp_path)), "--trials", "0")
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_example_fits_its_recipe(tmp_path):
+    from finetune_jax.config import load_recipe
+
+    file = "configs/spaces/sst2.py"
+    trial = optuna.create_study().ask()
+    config = applied(load_recipe("configs/sst2_local.py"), suggested(load_space(file), trial, file), file)
+    assert 2e-5 <= config.optim.learning_rate <= 5e-4
