@@ -116,6 +116,10 @@ class MethodsConfig:
     """R-Drop: weight alpha of the divergence between two passes with different dropout; each step runs both."""
     ema: float | None = None
     """Decay, below 1, of a moving average of all that is trained: evaluation, prediction and export use it instead of the last weights. It begins with a shorter memory: (1 + step) / (10 + step) at most."""
+    swa: float | None = None
+    """Stochastic weight averaging: from this share of the updates on (0.75, for one), the plain mean of all that is trained is used for evaluation, prediction and export; before it, the last weights are. The paper keeps the learning rate high meanwhile: optim.schedule constant. BatchNorm's running averages are averaged too, as with ema, not computed anew from the data."""
+    swa_every: int = 1
+    """SWA: updates from one set of weights that is averaged to the next."""
     neftune: float = 0.0
     """NEFTune (text): word vectors get uniform noise up to neftune / sqrt(numbers of the example)."""
     sam: float = 0.0
@@ -449,6 +453,7 @@ def validate(config: Config) -> Config:
         ("peft.rank", config.peft.rank, 1),
         ("model.reinit-layers", config.model.reinit_layers, 0),
         ("methods.ascent-steps", config.methods.ascent_steps, 1),
+        ("methods.swa-every", config.methods.swa_every, 1),
         ("optim.unfreeze-every", config.optim.unfreeze_every, 1),
         ("mesh.smallest-split", config.mesh.smallest_split, 0),
         ("seed", config.seed, 0),
@@ -524,8 +529,16 @@ def _check_methods(config: Config) -> None:
         raise UserError("methods.adversarial freelb is for text; take fgm or pgd for images")
     if methods.ema is not None and not 0 <= methods.ema < 1:
         raise UserError(f"methods.ema is {methods.ema}, must be from 0 to below 1")
-    unused = dataclasses.replace(methods, r_drop=0.0, ema=None, neftune=0.0, sam=0.0)
-    if methods.adversarial == "none" and unused != MethodsConfig():
+    if methods.swa is not None and not 0 <= methods.swa < 1:
+        raise UserError(f"methods.swa is {methods.swa}, must be from 0 to below 1")
+    if methods.swa is not None and methods.ema is not None:
+        raise UserError("methods.swa and methods.ema both say which weights are used; leave one of them out")
+    if methods.swa is None and methods.swa_every != 1:
+        raise UserError("methods.swa-every is set, methods.swa is not; set it, or leave both out")
+    attack = ("radius", "ascent_steps", "ascent_rate")
+    if methods.adversarial == "none" and any(
+        getattr(methods, n) != getattr(MethodsConfig(), n) for n in attack
+    ):
         raise UserError(
             "methods.adversarial is none, its other fields are set; name a method, or leave them out"
         )

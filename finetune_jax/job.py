@@ -299,14 +299,14 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     optimizer = make_optimizer(optim, schedule, decay, pace)
     methods = config.methods
     objective = make_objective(methods, job)
-    return Updates(is_frozen, pace, schedule, optimizer, objective, methods.ema, methods.sam)
+    swa = None if methods.swa is None else (round(methods.swa * total_steps), methods.swa_every)
+    return Updates(is_frozen, pace, schedule, optimizer, objective, methods.ema, methods.sam, swa)
 
 
 def abstract_state_of(job: Job, updates: Updates) -> TrainState:
     """Shapes and places of the state before the first update."""
-    averaged = updates.ema is not None
     return abstract_state(
-        job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh, averaged=averaged
+        job.parts, job.shardings, updates.is_frozen, updates.optimizer, job.mesh, averaged=updates.averaged
     )
 
 

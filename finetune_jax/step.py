@@ -39,6 +39,13 @@ class Updates:
     """Decay of the moving averages of what it moves."""
     sam: float = 0.0
     """How far uphill in the parameters its gradient is taken."""
+    swa: tuple[int, int] | None = None
+    """A plain mean instead: of what is there after so many updates, and from then on after each so many."""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether averages are kept."""
+        return self.ema is not None or self.swa is not None
 
 
 def make_train_step(
@@ -104,13 +111,8 @@ def make_train_step(
         params = where_finite(finite, optax.apply_updates(state.params, steps), state.params)  # pyright: ignore[reportArgumentType]
         statistics = where_finite(finite, statistics, state.model_state)
         averages = state.averages
-        if updates.ema is not None:
-            done = (state.step - state.skipped).astype(jnp.float32)
-            # The first steps would else stay in the average for long (TensorFlow's ExponentialMovingAverage, num_updates).
-            decay = jnp.minimum(updates.ema, (1.0 + done) / (10.0 + done))
-            moved = jax.tree.map(
-                lambda a, w: decay * a + (1.0 - decay) * w, averages, {**params, **statistics}
-            )
+        if updates.averaged:
+            moved = moved_averages(updates, averages, {**params, **statistics}, state.step - state.skipped)
             averages = where_finite(finite, moved, averages)
         new = TrainState(
             step=state.step + 1,
@@ -126,6 +128,35 @@ def make_train_step(
         return new, sums
 
     return train_step
+
+
+def moved_averages(updates: Updates, averages: Flat, weights: Flat, done: jax.Array) -> Flat:
+    """The averages after an update.
+
+    With `updates.swa` the mean of the weights at its start and of those after each so many updates more (Izmailov et al. 2018,
+    arXiv:1803.05407, algorithm 1); up to the start, the weights themselves.
+
+    Args:
+        updates: Which averages.
+        averages: As they were.
+        weights: As the update left them.
+        done: int32 [], updates before it.
+    """
+    if updates.swa is not None:
+        start, every = updates.swa
+        since = done + 1 - start
+        models = jnp.maximum(since // every, 0).astype(jnp.float32)  # in the mean already
+        is_due = since % every == 0
+
+        def mean(a: jax.Array, w: jax.Array) -> jax.Array:
+            return jnp.where(since <= 0, w, jnp.where(is_due, a + (w - a) / (models + 1.0), a))
+
+        return jax.tree.map(mean, averages, weights)
+    assert updates.ema is not None
+    count = done.astype(jnp.float32)
+    # The first steps would else stay in the average for long (TensorFlow's ExponentialMovingAverage, num_updates).
+    decay = jnp.minimum(updates.ema, (1.0 + count) / (10.0 + count))
+    return jax.tree.map(lambda a, w: decay * a + (1.0 - decay) * w, averages, weights)
 
 
 def summed_gradient(
