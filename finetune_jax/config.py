@@ -38,6 +38,8 @@ class TaskConfig:
     """Mass in [0, 1) moved from the true class to all classes evenly."""
     focal_gamma: float = 0.0
     """Focal loss: what is predicted with probability p counts (1 - p)^gamma; 0 counts all alike."""
+    asymmetric: tuple[float, float] = (0.0, 0.0)
+    """Asymmetric loss: two exponents. What is predicted with probability p counts (1 - p)^first for the true class, and p^second for the others, as far as label smoothing gives them mass; 0 0 counts all alike."""
     class_weights: Literal["none", "auto"] | dict[str, float] = "none"
     """Weight of a class in the loss: none (1 for all), auto (inverse frequency in train, mean 1 over examples), or NAME WEIGHT pairs for every label."""
     label_pieces: Literal["first", "all"] = "first"
@@ -471,6 +473,7 @@ def validate(config: Config) -> Config:
         ("methods.neftune", config.methods.neftune, 0.0, 1e4),
         ("methods.sam", config.methods.sam, 0.0, 1e4),
         ("task.focal-gamma", config.task.focal_gamma, 0.0, 20.0),
+        *(("task.asymmetric", gamma, 0.0, 20.0) for gamma in config.task.asymmetric),
         ("optim.momentum", config.optim.momentum, 0.0, 0.9999),
         ("optim.beta1", config.optim.beta1, 0.0, 0.999999),
         ("optim.beta2", config.optim.beta2, 0.0, 0.999999),
@@ -498,6 +501,7 @@ def validate(config: Config) -> Config:
         raise UserError("model.scan-layers is for family bert: the blocks of a resnet differ in shape")
     if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
         raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
+    _check_loss(config.task)
     _check_methods(config)
     _check_peft(config)
     if config.train.batch_size % config.train.accumulation:
@@ -505,6 +509,29 @@ def validate(config: Config) -> Config:
             f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"
         )
     return config
+
+
+def _check_loss(task: TaskConfig) -> None:
+    """
+    Raises:
+        UserError: Losses that exclude each other, or do not go with the task.
+    """
+    if task.focal_gamma and task.name == "sequence_regression":
+        raise UserError("task.focal-gamma is for classes; a sequence_regression has none")
+    if not any(task.asymmetric):
+        return
+    shown = "task.asymmetric {:g} {:g}".format(*task.asymmetric)
+    if task.name == "sequence_regression":
+        raise UserError(f"{shown} is for classes; a sequence_regression has none")
+    if task.focal_gamma:
+        raise UserError(
+            f"task.focal-gamma {task.focal_gamma:g} and {shown} exclude each other; leave one out"
+        )
+    if task.asymmetric[1] and not task.label_smoothing:
+        raise UserError(
+            f"{shown}: the second is for classes that are not the true one, which only task.label-smoothing gives a"
+            " part in the loss; set that (the paper's code takes 0.1), or the second to 0"
+        )
 
 
 def _check_methods(config: Config) -> None:
@@ -546,8 +573,6 @@ def _check_methods(config: Config) -> None:
         raise UserError(
             "methods.adversarial fgm goes one step of methods.radius; methods.ascent-steps and methods.ascent-rate are for pgd and freelb"
         )
-    if config.task.focal_gamma and config.task.name == "sequence_regression":
-        raise UserError("task.focal-gamma is for classes; a sequence_regression has none")
     if config.model.cache_features and chosen:
         raise UserError(
             f"model.cache-features runs the model once, {chosen[0]} in every step; leave one of them out"

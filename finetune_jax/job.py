@@ -251,6 +251,7 @@ def task_from_config(
     if labels is not None:
         values["label_smoothing"] = config.task.label_smoothing
         values["focal_gamma"] = config.task.focal_gamma
+        values["asymmetric"] = config.task.asymmetric
     if config.task.name == "token_classification":
         values["all_pieces"] = config.task.label_pieces == "all"
     return TASKS[config.task.name](**values)

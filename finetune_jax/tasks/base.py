@@ -115,6 +115,7 @@ class ClassTask(Task):
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
+    asymmetric: tuple[float, float] = (0.0, 0.0)
 
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
         """Cross-entropy over what has a label: a segment, a piece or an image."""
@@ -125,6 +126,7 @@ class ClassTask(Task):
             self.class_weights,
             self.label_smoothing,
             self.focal_gamma,
+            self.asymmetric,
         )
 
     def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -159,6 +161,7 @@ def cross_entropy(
     class_weights: tuple[float, ...] | None = None,
     smoothing: float = 0.0,
     gamma: float = 0.0,
+    asymmetric: tuple[float, float] = (0.0, 0.0),
 ) -> LossSums:
     """Sums of softmax cross-entropy as torch.nn.CrossEntropyLoss defines it, with `weight` and `label_smoothing`.
 
@@ -169,6 +172,8 @@ def cross_entropy(
         class_weights: One a class; an example counts in the denominator with its true class's.
         smoothing: Mass moved to all classes evenly (Szegedy et al. 2016, section 7).
         gamma: A class of probability p counts (1 - p)^gamma (focal loss, Lin et al. 2017, arXiv:1708.02002, eq. 4).
+        asymmetric: The true class counts (1 - p)^first, any other p^second of the mass that smoothing gives it (Ridnik et al. 2020,
+            arXiv:2009.14119, eq. 4, on softmax probabilities, as their code has it for a single label).
     """
     num_labels = logits.shape[-1]
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -182,10 +187,18 @@ def cross_entropy(
     else:
         weight = weights
     if gamma:
-        # 1 - p, without the rounding of 1 - exp(log p) where p is near 1, whose power has a steep gradient there.
-        target = target * jnp.exp(gamma * jnp.log(jnp.maximum(-jnp.expm1(log_p), 1e-12)))
+        target = target * _power_of_rest(log_p, gamma)
+    if any(asymmetric):
+        is_true = labels[..., None] == jnp.arange(num_labels).reshape((1,) * labels.ndim + (num_labels,))
+        first, second = asymmetric
+        target = target * jnp.where(is_true, _power_of_rest(log_p, first), jnp.exp(second * log_p))
     losses = -jnp.sum(target * log_p, axis=-1)
     return jnp.sum(losses * weights), jnp.sum(weight)
+
+
+def _power_of_rest(log_p: jax.Array, exponent: float) -> jax.Array:
+    """(1 - p)^exponent, without the rounding of 1 - exp(log p) where p is near 1, whose power has a steep gradient there."""
+    return jnp.exp(exponent * jnp.log(jnp.maximum(-jnp.expm1(log_p), 1e-12)))
 
 
 def resolve_class_weights(
