@@ -126,6 +126,10 @@ class MethodsConfig:
     """NEFTune (text): word vectors get uniform noise up to neftune / sqrt(numbers of the example)."""
     sam: float = 0.0
     """Sharpness-aware minimisation: rho, how far uphill in the parameters the gradient is taken; each step runs twice."""
+    mixup: float = 0.0
+    """Mixup: each example is mixed with the next of its batch, its labels' losses likewise; shares from Beta(mixup, mixup), one an example. Images: pixels. Text, but not words: what the head reads of an example."""
+    cutmix: float = 0.0
+    """CutMix (images): a box of the next image instead, of a share from Beta(cutmix, cutmix). With mixup too, each image gets one of the two by chance."""
     adversarial: Literal["none", "fgm", "pgd", "freelb"] = "none"
     """Also learn from examples that are moved uphill: fgm by one step from where they are (images: FGSM); pgd by several from a random point; freelb (text) at each of several steps, and nowhere else."""
     radius: float = 1.0
@@ -472,6 +476,8 @@ def validate(config: Config) -> Config:
         ("methods.r-drop", config.methods.r_drop, 0.0, 1e4),
         ("methods.neftune", config.methods.neftune, 0.0, 1e4),
         ("methods.sam", config.methods.sam, 0.0, 1e4),
+        ("methods.mixup", config.methods.mixup, 0.0, 100.0),
+        ("methods.cutmix", config.methods.cutmix, 0.0, 100.0),
         ("task.focal-gamma", config.task.focal_gamma, 0.0, 20.0),
         *(("task.asymmetric", gamma, 0.0, 20.0) for gamma in config.task.asymmetric),
         ("optim.momentum", config.optim.momentum, 0.0, 0.9999),
@@ -543,6 +549,8 @@ def _check_methods(config: Config) -> None:
     around = {
         "r-drop": f"{methods.r_drop:g}" if methods.r_drop else "",
         "neftune": f"{methods.neftune:g}" if methods.neftune else "",
+        "mixup": f"{methods.mixup:g}" if methods.mixup else "",
+        "cutmix": f"{methods.cutmix:g}" if methods.cutmix and not methods.mixup else "",
         "adversarial": methods.adversarial if methods.adversarial != "none" else "",
     }
     chosen = [f"methods.{name} {value}" for name, value in around.items() if value]
@@ -552,6 +560,13 @@ def _check_methods(config: Config) -> None:
         raise UserError("methods.neftune adds noise to word vectors; a resnet has none")
     if methods.r_drop and config.model.family == "resnet":
         raise UserError("methods.r-drop compares two passes with different dropout; a resnet has none")
+    if methods.cutmix and config.model.family != "resnet":
+        raise UserError(f"methods.cutmix cuts boxes of pixels; a {config.model.family} has none")
+    if methods.mixup and config.task.name == "token_classification":
+        raise UserError(
+            "methods.mixup mixes what the head reads of two examples; in a token_classification it reads words, of which none"
+            " stands for another; leave it out"
+        )
     if methods.adversarial == "freelb" and config.model.family == "resnet":
         raise UserError("methods.adversarial freelb is for text; take fgm or pgd for images")
     if methods.ema is not None and not 0 <= methods.ema < 1:

@@ -38,7 +38,8 @@ from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES as PRETRAINED
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.kernels import PLATFORMS, attention_kernel
-from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Objective, Plain, RDrop
+from finetune_jax.methods.mixing import Mixing
+from finetune_jax.methods.objective import Adversarial, FreeLB, Mixed, Noisy, Objective, Plain, RDrop
 from finetune_jax.methods.perturbation import Perturbation, PixelOffsets, WordOffsets
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
@@ -325,6 +326,8 @@ def make_objective(config: MethodsConfig, job: Job) -> Objective:
                 " --model.hf-config"
             )
         return RDrop(job.task, config.r_drop)
+    if config.mixup or config.cutmix:
+        return Mixed(job.task, Mixing(config.mixup, config.cutmix))
     if config.adversarial == "none" and not config.neftune:
         return Plain(job.task)
     steps = 1 if config.adversarial == "fgm" else config.ascent_steps

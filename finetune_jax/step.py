@@ -16,7 +16,7 @@ from finetune_jax.peft.selection import Pace
 from finetune_jax.sharding import batch_sharding, replicated
 from finetune_jax.state import ModelParts, TrainState
 from finetune_jax.tasks import Task
-from finetune_jax.tasks.base import OFFSET
+from finetune_jax.tasks.base import OFFSET, SHARE
 from finetune_jax.tree import Flat, flatten, unflatten
 
 DeviceBatch = Mapping[str, jax.Array]
@@ -68,11 +68,16 @@ def make_train_step(
 
     def loss(params: Flat, others: Flat, statistics: Flat, batch: DeviceBatch, key: jax.Array):
         def run(
-            key: jax.Array, offset: jax.Array | None = None, *, still: bool = False
+            key: jax.Array,
+            offset: jax.Array | None = None,
+            *,
+            still: bool = False,
+            share: jax.Array | None = None,
         ) -> tuple[jax.Array, Flat]:
             own = jax.lax.stop_gradient(params) if still else params
             model = nnx.merge(parts.graphdef, unflatten({**own, **others, **statistics}), copy=True)
-            logits = task.logits(model, batch if offset is None else {**batch, OFFSET: offset}, key)
+            more = {name: value for name, value in ((OFFSET, offset), (SHARE, share)) if value is not None}
+            logits = task.logits(model, {**batch, **more}, key)
             return logits, flatten(nnx.state(model, nnx.BatchStat))
 
         total, weight, new_statistics = updates.objective(run, batch, key)

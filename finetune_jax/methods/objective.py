@@ -1,8 +1,9 @@
 """The objective of a train step: from the forward pass in training mode to a loss.
 
-A forward pass is a `Run`: (key, offset, still) -> (logits, running averages). A key makes the dropout; the offset is added to what the
-first layer reads (perturbation.py), None adds nothing; with `still` no gradient reaches the parameters. The step differentiates
-what an objective returns, whatever it called in between, so that accumulation, sharding and resume are as ever.
+A forward pass is a `Run`: (key, offset, still, share) -> (logits, running averages). A key makes the dropout; the offset is added to
+what the first layer reads (perturbation.py), None adds nothing; with `still` no gradient reaches the parameters; a share mixes each
+example with another (mixing.py). The step differentiates what an objective returns, whatever it called in between, so that
+accumulation, sharding and resume are as ever.
 """
 
 from collections.abc import Mapping
@@ -10,23 +11,29 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
+from finetune_jax.methods.mixing import Mixing
 from finetune_jax.methods.perturbation import Perturbation
 from finetune_jax.tasks import Task
+from finetune_jax.tasks.base import partners
 from finetune_jax.tree import Flat
 
 DeviceBatch = Mapping[str, jax.Array]
-_SECOND, _START = (
-    1,
-    2,
-)  # what is folded into a step's key for a second dropout, and for where an ascent starts
+# What is folded into a step's key for a second dropout, for where an ascent starts, and for shares.
+_SECOND, _START, _SHARE = 1, 2, 3
 
 
 class Run(Protocol):
     """A forward pass of a micro-batch."""
 
     def __call__(
-        self, key: jax.Array, offset: jax.Array | None = None, *, still: bool = False
+        self,
+        key: jax.Array,
+        offset: jax.Array | None = None,
+        *,
+        still: bool = False,
+        share: jax.Array | None = None,
     ) -> tuple[jax.Array, Flat]: ...
 
 
@@ -75,6 +82,28 @@ class RDrop:
         (loss_one, weight), (loss_two, _) = self.task.loss(one, batch), self.task.loss(two, batch)
         apart = self.task.divergence(one, two, batch)
         return (loss_one + loss_two) / 2 + self.alpha / 4 * apart, weight, statistics
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The loss of examples that are mixed with others, for both labels, each by its share (mixup, CutMix).
+
+    An example counts as much as ever: its weight, and that of its classes, is shared out too. (For a score this is the squared error
+    from the mixed score, and a number that no parameter moves.)
+    """
+
+    task: Task
+    mixing: Mixing
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]:
+        share = self.mixing.share(batch, jax.random.fold_in(key, _SHARE))
+        logits, statistics = run(key, share=share)
+        weights = batch["weights"]
+        own = jnp.mean(share, axis=tuple(range(weights.ndim, share.ndim)))
+        others = {"labels": partners(batch["labels"], weights), "weights": weights * (1.0 - own)}
+        mine = self.task.loss(logits, {**batch, "weights": weights * own})
+        theirs = self.task.loss(logits, {**batch, **others})
+        return mine[0] + theirs[0], mine[1] + theirs[1], statistics
 
 
 @dataclass(frozen=True)

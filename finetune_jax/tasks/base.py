@@ -18,6 +18,9 @@ LossSums = tuple[jax.Array, jax.Array]
 OFFSET = "offset"
 """Key of what a batch may hold besides: an array that is added to what the first layer reads (methods/perturbation.py)."""
 
+SHARE = "share"
+"""Another: how much of what is mixed is an example's own, the rest is its partner's (methods/mixing.py)."""
+
 
 class Records(Protocol):
     """A split of a data source, or the lines to predict on: random access, several at once, whole columns."""
@@ -152,6 +155,39 @@ class ClassTask(Task):
         """`label`, `score`, `scores`."""
         extra = [{"logits": row.tolist()} if raw else {} for row in logits]
         return [class_prediction(self.labels, p) | e for p, e in zip(softmax(logits), extra, strict=True)]
+
+
+def partners(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """What the next example of the batch has, and for the last the first: those of weight 0 are passed over.
+
+    The order of an epoch is drawn anew each time, so that the next is anyone. Rows that are split over devices send one row to
+    their neighbour, and the first goes to all: a permutation would gather the batch. Empty rows at the end, as many as the
+    devices ask for, change nothing.
+
+    Args:
+        x: [B, ...], or [B, S, ...] where a row holds several.
+        weights: [B] or [B, S]: above 0 where there is an example, first in a row and in the batch.
+    """
+    if weights.ndim == 1:
+        return partners(x[:, None], weights[:, None])[:, 0]
+
+    def along(mask_BxS: jax.Array) -> jax.Array:
+        return mask_BxS.reshape(*mask_BxS.shape, *(1,) * (x.ndim - 2))
+
+    is_real = weights > 0
+    below = along(jnp.roll(is_real[:, :1], -1, 0).at[-1].set(False))
+    found = jnp.where(below, jnp.roll(x[:, :1], -1, 0), x[:1, :1])
+    if x.shape[1] == 1:
+        return found
+    return jnp.where(along(jnp.roll(is_real, -1, 1).at[:, -1].set(False)), jnp.roll(x, -1, 1), found)
+
+
+def mixed(x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Each example with its partner, float32, in the shares that the batch brings; as it is where it brings none."""
+    if SHARE not in batch:
+        return x
+    own = batch[SHARE]
+    return own * x.astype(jnp.float32) + (1.0 - own) * partners(x, batch["weights"]).astype(jnp.float32)
 
 
 def cross_entropy(

@@ -12,7 +12,7 @@ import numpy as np
 from finetune_jax import metrics
 from finetune_jax.data.text import TextFeatures, TextTokenizer, cached, save_tokenizer, sequence_features
 from finetune_jax.models.bert import BertForSequenceClassification
-from finetune_jax.tasks.base import OFFSET, ClassTask, LossSums, Records, Task, text_field
+from finetune_jax.tasks.base import OFFSET, ClassTask, LossSums, Records, Task, mixed, text_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SequenceTask(TextTask):
 
     def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """BxSxD"""
-        return model.features(
+        features_BxSxD = model.features(
             batch["input_ids"],
             batch["token_type_ids"],
             batch["position_ids"],
@@ -76,6 +76,7 @@ class SequenceTask(TextTask):
             dropout_key=key,
             offset_BxLxD=batch.get(OFFSET),
         )
+        return mixed(features_BxSxD, batch)
 
     def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """`text`, or `text_a` and `text_b`."""
