@@ -118,6 +118,8 @@ class MethodsConfig:
     """R-Drop: weight alpha of the divergence between two passes with different dropout; each step runs both."""
     ema: float | None = None
     """Decay, below 1, of a moving average of all that is trained: evaluation, prediction and export use it instead of the last weights. It begins with a shorter memory: (1 + step) / (10 + step) at most."""
+    proximal: float = 0.0
+    """With ema: factor of how far the prediction is from that of the averages, which holds the model back (SMART's momentum Bregman proximal point, its mu); one forward pass more."""
     swa: float | None = None
     """Stochastic weight averaging: from this share of the updates on (0.75, for one), the plain mean of all that is trained is used for evaluation, prediction and export; before it, the last weights are. The paper keeps the learning rate high meanwhile: optim.schedule constant. BatchNorm's running averages are averaged too, as with ema, not computed anew from the data."""
     swa_every: int = 1
@@ -130,14 +132,16 @@ class MethodsConfig:
     """Mixup: each example is mixed with the next of its batch, its labels' losses likewise; shares from Beta(mixup, mixup), one an example. Images: pixels. Text, but not words: what the head reads of an example."""
     cutmix: float = 0.0
     """CutMix (images): a box of the next image instead, of a share from Beta(cutmix, cutmix). With mixup too, each image gets one of the two by chance."""
-    adversarial: Literal["none", "fgm", "pgd", "freelb"] = "none"
-    """Also learn from examples that are moved uphill: fgm by one step from where they are (images: FGSM); pgd by several from a random point; freelb (text) at each of several steps, and nowhere else."""
+    adversarial: Literal["none", "fgm", "pgd", "freelb", "smart", "vat"] = "none"
+    """Also learn from examples that are moved uphill: fgm by one step from where they are (images: FGSM); pgd by several from a random point; freelb (text) at each of several steps, and nowhere else. smart and vat look for where the prediction moves most, not the loss, and add how far it moves: smart pulls at both ends, vat at the moved one."""
+    adversarial_weight: float = 1.0
+    """smart, vat: factor of what is added (SMART's lambda_s)."""
     radius: float = 1.0
     """Adversarial: how far an example may be moved. Text: L2 norm over the word vectors of an example. Images: of a pixel value, in levels of 255."""
     ascent_steps: int = 3
-    """pgd, freelb: steps uphill. Each is a forward and a backward pass."""
+    """All but fgm: steps uphill. Each is a forward and a backward pass."""
     ascent_rate: float | None = None
-    """pgd, freelb: length of a step, in the measure of the radius; None: 2.5 * radius / ascent_steps."""
+    """All but fgm: length of a step, in the measure of the radius; None: 2.5 * radius / ascent_steps."""
 
 
 @dataclass(frozen=True)
@@ -476,6 +480,7 @@ def validate(config: Config) -> Config:
         ("methods.r-drop", config.methods.r_drop, 0.0, 1e4),
         ("methods.neftune", config.methods.neftune, 0.0, 1e4),
         ("methods.sam", config.methods.sam, 0.0, 1e4),
+        ("methods.proximal", config.methods.proximal, 0.0, 1e4),
         ("methods.mixup", config.methods.mixup, 0.0, 100.0),
         ("methods.cutmix", config.methods.cutmix, 0.0, 100.0),
         ("task.focal-gamma", config.task.focal_gamma, 0.0, 20.0),
@@ -497,6 +502,7 @@ def validate(config: Config) -> Config:
         ("optim.eps", config.optim.eps),
         ("peft.alpha", config.peft.alpha),
         ("methods.radius", config.methods.radius),
+        ("methods.adversarial-weight", config.methods.adversarial_weight),
         ("methods.ascent-rate", config.methods.ascent_rate),
     ):
         if value is not None and not 0 < value < float("inf"):
@@ -577,7 +583,15 @@ def _check_methods(config: Config) -> None:
         raise UserError("methods.swa and methods.ema both say which weights are used; leave one of them out")
     if methods.swa is None and methods.swa_every != 1:
         raise UserError("methods.swa-every is set, methods.swa is not; set it, or leave both out")
-    attack = ("radius", "ascent_steps", "ascent_rate")
+    if methods.proximal and methods.ema is None:
+        raise UserError(
+            "methods.proximal holds the model near its averages; set methods.ema, or leave it out"
+        )
+    if methods.adversarial not in ("none", "smart", "vat") and methods.adversarial_weight != 1:
+        raise UserError(
+            f"methods.adversarial-weight is for smart and vat, methods.adversarial is {methods.adversarial}; leave it out"
+        )
+    attack = ("radius", "ascent_steps", "ascent_rate", "adversarial_weight")
     if methods.adversarial == "none" and any(
         getattr(methods, n) != getattr(MethodsConfig(), n) for n in attack
     ):
@@ -586,7 +600,7 @@ def _check_methods(config: Config) -> None:
         )
     if methods.adversarial == "fgm" and (methods.ascent_steps != 3 or methods.ascent_rate is not None):
         raise UserError(
-            "methods.adversarial fgm goes one step of methods.radius; methods.ascent-steps and methods.ascent-rate are for pgd and freelb"
+            "methods.adversarial fgm goes one step of methods.radius; methods.ascent-steps and methods.ascent-rate are for the others"
         )
     if config.model.cache_features and chosen:
         raise UserError(

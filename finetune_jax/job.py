@@ -39,7 +39,17 @@ from finetune_jax.hf.pretrained import FAMILIES as PRETRAINED
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.kernels import PLATFORMS, attention_kernel
 from finetune_jax.methods.mixing import Mixing
-from finetune_jax.methods.objective import Adversarial, FreeLB, Mixed, Noisy, Objective, Plain, RDrop
+from finetune_jax.methods.objective import (
+    Adversarial,
+    FreeLB,
+    Mixed,
+    Noisy,
+    Objective,
+    Plain,
+    Proximal,
+    RDrop,
+    Smooth,
+)
 from finetune_jax.methods.perturbation import Perturbation, PixelOffsets, WordOffsets
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
@@ -318,6 +328,11 @@ def make_objective(config: MethodsConfig, job: Job) -> Objective:
     Raises:
         UserError: Nothing differs between two passes that are to agree.
     """
+    objective = _around_the_loss(config, job)
+    return Proximal(job.task, objective, config.proximal) if config.proximal else objective
+
+
+def _around_the_loss(config: MethodsConfig, job: Job) -> Objective:
     if config.r_drop:
         rates = [getattr(job.model_config, name, 0.0) or 0.0 for name in DROPOUTS]
         if not any(rates) and not job.peft.dropout:
@@ -332,16 +347,23 @@ def make_objective(config: MethodsConfig, job: Job) -> Objective:
         return Plain(job.task)
     steps = 1 if config.adversarial == "fgm" else config.ascent_steps
     rate = config.radius if config.adversarial == "fgm" else config.ascent_rate or 2.5 * config.radius / steps
-    if job.family == "resnet":
-        ball: Perturbation = PixelOffsets(config.radius / 255, rate / 255)
-    else:
-        width = job.parts.abstract["bert/embeddings/word_embeddings/embedding"].shape[1]
-        ball = WordOffsets(width, config.neftune or config.radius, rate)
+    ball = make_ball(job, config.neftune or config.radius, rate)
     if config.neftune:
         return Noisy(job.task, ball)
     if config.adversarial == "freelb":
         return FreeLB(job.task, ball, steps)
+    if config.adversarial in ("smart", "vat"):
+        held = config.adversarial == "vat"
+        return Smooth(job.task, ball, steps, config.adversarial_weight, held)
     return Adversarial(job.task, ball, steps, random_start=config.adversarial == "pgd")
+
+
+def make_ball(job: Job, radius: float, rate: float) -> Perturbation:
+    """What may be done to an example of the job's: to its word vectors, or to its pixels (lengths in levels of 255)."""
+    if job.family == "resnet":
+        return PixelOffsets(radius / 255, rate / 255)
+    width = job.parts.abstract["bert/embeddings/word_embeddings/embedding"].shape[1]
+    return WordOffsets(width, radius, rate)
 
 
 def cached_width(config: Config, job: Job, updates: Updates) -> int:

@@ -66,16 +66,20 @@ def make_train_step(
     keep their bits.
     """
 
-    def loss(params: Flat, others: Flat, statistics: Flat, batch: DeviceBatch, key: jax.Array):
+    def loss(
+        params: Flat, others: Flat, statistics: Flat, batch: DeviceBatch, key: jax.Array, averages: Flat
+    ):
         def run(
             key: jax.Array,
             offset: jax.Array | None = None,
             *,
             still: bool = False,
             share: jax.Array | None = None,
+            averaged: bool = False,
         ) -> tuple[jax.Array, Flat]:
             own = jax.lax.stop_gradient(params) if still else params
-            model = nnx.merge(parts.graphdef, unflatten({**own, **others, **statistics}), copy=True)
+            weights = {**own, **others, **statistics, **(averages if averaged else {})}
+            model = nnx.merge(parts.graphdef, unflatten(weights), copy=True)
             more = {name: value for name, value in ((OFFSET, offset), (SHARE, share)) if value is not None}
             logits = task.logits(model, {**batch, **more}, key)
             return logits, flatten(nnx.state(model, nnx.BatchStat))
@@ -170,7 +174,9 @@ def summed_gradient(
     """(loss sum, weight sum, BatchNorm averages, gradient of the loss sum) over the micro-batches, in turn."""
 
     def of(statistics: Flat, rows: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat, Flat]:
-        (total, (weight, statistics)), grads = gradient(state.params, state.frozen, statistics, rows, key)
+        (total, (weight, statistics)), grads = gradient(
+            state.params, state.frozen, statistics, rows, key, state.averages
+        )
         return total, weight, statistics, grads
 
     if accumulation == 1:

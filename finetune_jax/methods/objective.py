@@ -1,8 +1,8 @@
 """The objective of a train step: from the forward pass in training mode to a loss.
 
-A forward pass is a `Run`: (key, offset, still, share) -> (logits, running averages). A key makes the dropout; the offset is added to
-what the first layer reads (perturbation.py), None adds nothing; with `still` no gradient reaches the parameters; a share mixes each
-example with another (mixing.py). The step differentiates what an objective returns, whatever it called in between, so that
+A forward pass is a `Run`: (key, offset, still, share, averaged) -> (logits, running averages). A key makes the dropout; the offset is
+added to what the first layer reads (perturbation.py), None adds nothing; with `still` no gradient reaches the parameters; a share mixes
+each example with another (mixing.py); `averaged` takes the moving averages in the place of the parameters. The step differentiates what an objective returns, whatever it called in between, so that
 accumulation, sharding and resume are as ever.
 """
 
@@ -34,6 +34,7 @@ class Run(Protocol):
         *,
         still: bool = False,
         share: jax.Array | None = None,
+        averaged: bool = False,
     ) -> tuple[jax.Array, Flat]: ...
 
 
@@ -125,7 +126,7 @@ class Adversarial:
         start = jax.random.fold_in(key, _START) if self.random_start else None
         offset = self.perturbation.start(batch, start)
         for _ in range(self.steps):
-            offset = self.perturbation.ascend(offset, _uphill(self.task, run, batch, key, offset), batch)
+            offset = self.perturbation.ascend(offset, uphill(self.task, run, batch, key, offset), batch)
         attacked, _ = run(key, offset)
         return (loss + self.task.loss(attacked, batch)[0]) / 2, weight, statistics
 
@@ -143,12 +144,72 @@ class FreeLB:
         logits, statistics = run(key, offset)
         total, weight = self.task.loss(logits, batch)
         for _ in range(self.steps - 1):
-            offset = self.perturbation.ascend(offset, _uphill(self.task, run, batch, key, offset), batch)
+            offset = self.perturbation.ascend(offset, uphill(self.task, run, batch, key, offset), batch)
             total = total + self.task.loss(run(key, offset)[0], batch)[0]
         return total / self.steps, weight, statistics
 
 
-def _uphill(task: Task, run: Run, batch: DeviceBatch, key: jax.Array, offset: jax.Array) -> jax.Array:
+@dataclass(frozen=True)
+class Smooth:
+    """The loss, and how far the prediction moves where an ascent on just that has led, from a random point of the ball.
+
+    SMART's smoothness-inducing regulariser (Jiang et al. 2019, arXiv:1911.03437, section 3.1) has the divergence of both ways (of
+    scores, the squared difference), and learns at both ends. VAT (Miyato et al. 2017, arXiv:1704.03976, their local distributional
+    smoothness) is that with `held`: the prediction at the example itself is a target, the divergence is from it. Both passes have the
+    same dropout, so that nothing but the offset moves a prediction.
+
+    The ball is that of the other methods. For text that is the L2 norm over an example's word vectors, as in VAT, where SMART bounds
+    each number (its radius is no measure for sentences of different lengths); for images the largest change of a pixel value. The
+    ascent is a projected one, as SMART's; VAT's power iteration for a small offset has the same direction after one step.
+    """
+
+    task: Task
+    perturbation: Perturbation
+    steps: int
+    weight: float
+    held: bool
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]:
+        logits, statistics = run(key)
+        loss, weight = self.task.loss(logits, batch)
+        target = jax.lax.stop_gradient(logits)
+
+        def apart(offset: jax.Array) -> jax.Array:
+            moved, _ = run(key, offset, still=True)
+            return self.task.divergence(target, moved, batch, one_way=self.held)
+
+        offset = self.perturbation.start(batch, jax.random.fold_in(key, _START))
+        for _ in range(self.steps):
+            offset = self.perturbation.ascend(offset, jax.lax.stop_gradient(jax.grad(apart)(offset)), batch)
+        moved, _ = run(key, offset)
+        one = target if self.held else logits
+        return (
+            loss + self.weight * self.task.divergence(one, moved, batch, one_way=self.held),
+            weight,
+            statistics,
+        )
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """An objective, and how far the prediction is from that of the averaged model (Jiang et al. 2019, arXiv:1911.03437, section 3.2:
+    the Bregman proximal point, with momentum).
+
+    Where the objective has a pass over the examples as they are, XLA computes that once.
+    """
+
+    task: Task
+    objective: Objective
+    weight: float
+
+    def __call__(self, run: Run, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat]:
+        total, weight, statistics = self.objective(run, batch, key)
+        logits, _ = run(key)
+        anchor = jax.lax.stop_gradient(run(key, averaged=True)[0])
+        return total + self.weight * self.task.divergence(logits, anchor, batch), weight, statistics
+
+
+def uphill(task: Task, run: Run, batch: DeviceBatch, key: jax.Array, offset: jax.Array) -> jax.Array:
     """Gradient of the loss by the offset. The forward pass is the one whose loss is learned from, which XLA computes once."""
 
     def loss(offset: jax.Array) -> jax.Array:

@@ -84,8 +84,13 @@ class Task(abc.ABC):
         """(sum of weighted losses, sum of weights) over the batch, float32."""
 
     @abc.abstractmethod
-    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """How far two logits of a batch are apart, summed over what has a label; 0 where they are equal."""
+    def divergence(
+        self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array], *, one_way: bool = False
+    ) -> jax.Array:
+        """How far two logits of a batch are apart, summed over what has a label; 0 where they are equal.
+
+        With `one_way` how far the second is from the first, where that is not the same.
+        """
 
     @abc.abstractmethod
     def metrics(self, logits: np.ndarray, examples: Any) -> tuple[dict[str, Any], str]:
@@ -132,10 +137,16 @@ class ClassTask(Task):
             self.asymmetric,
         )
 
-    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """KL divergence of the first from the second plus the other way round: sum of (p - q) (log p - log q)."""
+    def divergence(
+        self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array], *, one_way: bool = False
+    ) -> jax.Array:
+        """KL divergence of the first from the second plus the other way round: sum of (p - q) (log p - log q).
+
+        With `one_way` that of the first from the second only: sum of p (log p - log q).
+        """
         log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (one, two))
-        apart = jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
+        difference = jnp.exp(log_p) if one_way else jnp.exp(log_p) - jnp.exp(log_q)
+        apart = jnp.sum(difference * (log_p - log_q), axis=-1)
         return jnp.sum(apart * batch["weights"])
 
     def only_class(self, logits: np.ndarray, examples: Any) -> str | None:

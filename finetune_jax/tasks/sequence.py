@@ -120,8 +120,11 @@ class SequenceRegression(SequenceTask):
         error = logits[..., 0].astype(jnp.float32) - batch["labels"].astype(jnp.float32)
         return jnp.sum(error**2 * batch["weights"]), jnp.sum(batch["weights"])
 
-    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Squared difference of the scores."""
+    def divergence(
+        self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array], *, one_way: bool = False
+    ) -> jax.Array:
+        """Squared difference of the scores, either way."""
+        del one_way
         apart = one[..., 0].astype(jnp.float32) - two[..., 0].astype(jnp.float32)
         return jnp.sum(apart**2 * batch["weights"])
 
