@@ -74,6 +74,8 @@ class ModelConfig:
     """Where only the head is trained and nothing before it is random: compute what the head reads once, and train on that. The same updates, without running the backbone again."""
     batch_norm: Literal["train", "frozen"] = "train"
     """ResNet: normalise training batches with their own statistics and update the averages, or with the averages, never updated."""
+    stochastic_depth: float = 0.0
+    """In training, how often the last layer (BERT, both of its residual branches, each for itself) or block (ResNet) is left out for an example; those before it less often, in a line from 0. What stays counts 1 / (1 - rate)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, LayerNorm, softmax, BatchNorm statistics and the loss are float32 always."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -477,6 +479,7 @@ def validate(config: Config) -> Config:
         ("optim.layer-decay", config.optim.layer_decay, 0.001, 1.0),
         *((f"optim.rates {regex}", rate, 1e-6, 1e6) for regex, rate in config.optim.rates.items()),
         ("peft.dropout", config.peft.dropout, 0.0, 0.999),
+        ("model.stochastic-depth", config.model.stochastic_depth, 0.0, 0.999),
         ("methods.r-drop", config.methods.r_drop, 0.0, 1e4),
         ("methods.neftune", config.methods.neftune, 0.0, 1e4),
         ("methods.sam", config.methods.sam, 0.0, 1e4),
@@ -605,6 +608,10 @@ def _check_methods(config: Config) -> None:
     if config.model.cache_features and chosen:
         raise UserError(
             f"model.cache-features runs the model once, {chosen[0]} in every step; leave one of them out"
+        )
+    if config.model.cache_features and config.model.stochastic_depth:
+        raise UserError(
+            "model.cache-features keeps what model.stochastic-depth varies in every step; leave one of them out"
         )
 
 

@@ -226,7 +226,13 @@ def parse_model(config: ModelConfig, checkpoint: Checkpoint | None) -> Any:
 
 def compute_of(config: ModelConfig) -> Compute:
     """How the model computes."""
-    return Compute(DTYPES[config.dtype], config.remat, config.scan_layers, config.batch_norm_groups)
+    return Compute(
+        DTYPES[config.dtype],
+        config.remat,
+        config.scan_layers,
+        config.batch_norm_groups,
+        config.stochastic_depth,
+    )
 
 
 def task_from_config(

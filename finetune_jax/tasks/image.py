@@ -47,7 +47,7 @@ class ImageClassification(ClassTask):
             pixels = pixels.astype(jnp.float32) + 255.0 * batch[OFFSET]
         pixels = self.processor.normalise(pixels)
         update = key is not None and self.batch_norm == "train"
-        return model.features(pixels, batch["weights"], update_statistics=update)
+        return model.features(pixels, batch["weights"], update_statistics=update, dropout_key=key)
 
     def varies(self, model_config: Any) -> list[str]:
         """Augmentation, and statistics of a batch."""
