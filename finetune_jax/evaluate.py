@@ -19,6 +19,7 @@ from finetune_jax.job import CONFIG_FILE, Job, is_run, open_model
 from finetune_jax.sharding import batch_parts
 from finetune_jax.step import abstract_batch, lower_forward, make_features, make_forward
 from finetune_jax.tasks import TASKS
+from finetune_jax.tasks.base import Records
 from finetune_jax.tree import Flat
 
 
@@ -51,6 +52,7 @@ class Forward:
         threads: int = 4,
         patience: float = math.inf,
         features: int = 0,
+        step: Callable[..., Any] | None = None,
     ):
         """
         Args:
@@ -62,11 +64,12 @@ class Forward:
             threads: That read ahead.
             patience: Seconds to wait for a batch.
             features: Their width, where the step ends before the head.
+            step: (weights, batch) -> (logits, sums), where it is not the plain one.
         """
         shape = evaluation_shape(examples, batch_size, max_length, batching)
         self._job, self._examples, self._threads, self._patience = job, examples, threads, patience
         make = make_features if features else make_forward
-        self._step, self._width = make(job.task, job.parts), features or job.task.num_labels
+        self._step, self._width = step or make(job.task, job.parts), features or job.task.num_labels
         self._batches = Batches(examples, shape, None, parts=batch_parts(job.mesh), mesh=job.mesh)
         self.compiled: dict[int, Any] = {}
         """Of what `lower` gives; made at first use where nobody has set it."""
@@ -127,8 +130,24 @@ def evaluate(
     return Evaluation(metrics.means(sums) | figures, report, job.task.only_class(logits, examples))
 
 
-def evaluate_model(model: str, config: Config | None, split: str, step: str = "best") -> Evaluation:
-    """Metrics of a run or a Hugging Face folder on a split of a recipe's data.
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A trained model, and the split that it is measured on."""
+
+    job: Job
+    weights: Flat
+    records: Records
+    config: Config
+    """Says how examples share rows."""
+
+    def forward(self, examples: Examples, step: Callable[..., Any] | None = None) -> Forward:
+        """The forward step of some examples, or another."""
+        data, size = self.config.data, self.config.evaluation.batch_size
+        return Forward(self.job, examples, size, data.max_length, data.batching, data.threads, step=step)
+
+
+def open_split(model: str, config: Config | None, split: str, step: str = "best") -> Opened:
+    """A run or a Hugging Face folder, and a split of a recipe's data.
 
     Args:
         model: A run folder or a Hugging Face folder.
@@ -152,9 +171,11 @@ def evaluate_model(model: str, config: Config | None, split: str, step: str = "b
     source = load_source(config.data, config.task.name, labels=job.task.labels)
     if split not in source.splits:
         raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
-    examples = job.task.examples(source.splits[split], train=False)
-    settings = config.data
-    forward = Forward(
-        job, examples, config.evaluation.batch_size, settings.max_length, settings.batching, settings.threads
-    )
-    return evaluate(forward, job, examples, weights)
+    return Opened(job, weights, source.splits[split], config)
+
+
+def evaluate_model(model: str, config: Config | None, split: str, step: str = "best") -> Evaluation:
+    """Metrics of a run or a Hugging Face folder on a split of a recipe's data; arguments and errors are those of `open_split`."""
+    opened = open_split(model, config, split, step)
+    examples = opened.job.task.examples(opened.records, train=False)
+    return evaluate(opened.forward(examples), opened.job, examples, opened.weights)

@@ -22,14 +22,14 @@ FLOORS = [
     {"data", "hf", "optim", "peft", "sharding"},
     {"tasks", "state", "kernels", "methods"},
     {"step", "checkpoint", "job"},
-    {"runfolder", "evaluate", "predict", "export", "audit", "meter", "programs"},
+    {"runfolder", "evaluate", "robustness", "predict", "export", "audit", "meter", "programs"},
     {"train", "plan", "plan_report"},
     {"cli", "__main__"},
 ]
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
     ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("optim", "peft"), ("peft", "hf"), ("methods", "tasks"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"), ("job", "step"),
-    ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("targets", "config"), ("plan_report", "plan"),
+    ("export", "runfolder"), ("predict", "evaluate"), ("robustness", "evaluate"), ("robustness", "predict"), ("programs", "evaluate"), ("__main__", "cli"), ("targets", "config"), ("plan_report", "plan"),
 }  # fmt: skip
 
 
