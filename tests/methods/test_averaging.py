@@ -14,7 +14,7 @@ from finetune_jax.config import CheckpointConfig, MethodsConfig
 from finetune_jax.job import open_model
 from finetune_jax.step import Updates, moved_averages
 from tests import tiny
-from tests.tiny import assert_same_bits, config_of, rows, saved
+from tests.tiny import assert_same_bits, config_of, rows, saved, without_evaluation
 
 replace = dataclasses.replace
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -42,22 +42,22 @@ def test_algorithm_1(every):
 def test_the_mean_from_its_start_on(tmp_path):
     """Six updates, averaged from the third on, every second: w_3, w_5; with the running averages of BatchNorm."""
     every = 2
-    config, one = config_of("image", tmp_path, steps=6), jax.devices()[:1]
+    config, one = without_evaluation(config_of("image", tmp_path, steps=6)), jax.devices()[:1]
     config = replace(config, checkpoint=CheckpointConfig(every_steps=1, keep=9))
     loop.train(config, tmp_path / "plain", devices=one)
     averaged = replace(config, methods=MethodsConfig(swa=0.5, swa_every=every))
     loop.train(averaged, tmp_path / "whole", devices=one)
+    plain = {step: weights_of(tmp_path / "plain", step) for step in range(1, 7)}
     for step in range(1, 7):
         chosen = [n for n in range(3, step + 1) if (n - 3) % every == 0] or [step]
         found = weights_of(tmp_path / "whole", step)
-        models = [weights_of(tmp_path / "plain", n) for n in chosen]
         for path, value in found.items():
-            expected = np.mean([np.asarray(model[path], np.float64) for model in models], axis=0)
+            expected = np.mean([np.asarray(plain[n][path], np.float64) for n in chosen], axis=0)
             np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-6, err_msg=f"{step} {path}")
     last, state = saved(tmp_path / "whole")
     assert last == 6
     for path, value in state["training"]["moving"].items():
-        np.testing.assert_allclose(value, weights_of(tmp_path / "plain", 6)[path], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(value, plain[6][path], rtol=1e-4, atol=1e-6)
     _, served = open_model(str(tmp_path / "whole"), step="latest")
     assert_same_bits({path: np.asarray(value) for path, value in served.items()}, state["weights"])
     for stop in (2, 5):  # before the start, and within

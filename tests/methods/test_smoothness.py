@@ -17,7 +17,7 @@ from finetune_jax.step import make_forward, make_train_step
 from finetune_jax.tasks.base import ClassTask, cross_entropy
 from finetune_jax.tasks.sequence import SequenceRegression
 from tests import tiny
-from tests.tiny import assert_same_bits, config_of, saved
+from tests.tiny import assert_resumes, config_of, without_evaluation
 
 replace = dataclasses.replace
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0]], np.int32)
@@ -163,12 +163,11 @@ def test_the_step_asks_the_averages(tmp_path):
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(kind, methods, tmp_path):
-    config, one = replace(config_of(kind, tmp_path, steps=4), methods=methods), jax.devices()[:1]
-    loop.train(config, tmp_path / "whole", devices=one)
-    with pytest.raises(loop.Stopped):
-        loop.train(config, tmp_path / "parts", devices=one, stop_at=2)
-    loop.train(config, tmp_path / "parts", devices=one)
-    assert_same_bits(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
+    config = replace(without_evaluation(config_of(kind, tmp_path, steps=4)), methods=methods)
+    if kind == "text":  # one layer says as much as two
+        fields = {**config.model.hf_config, "num_hidden_layers": 1}
+        config = replace(config, model=replace(config.model, hf_config=fields))
+    assert_resumes(config, tmp_path)
 
 
 @pytest.mark.parametrize(

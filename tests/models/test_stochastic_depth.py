@@ -16,7 +16,7 @@ from finetune_jax.models.bert import BertForTokenClassification
 from finetune_jax.models.layers import Compute, depth_rate, surviving
 from finetune_jax.models.resnet import ResNetForImageClassification
 from tests import tiny
-from tests.tiny import assert_same_bits, config_of, rows, saved
+from tests.tiny import assert_resumes, config_of, rows, without_evaluation
 
 replace = dataclasses.replace
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -79,9 +79,10 @@ def test_segments_of_packed_rows(port):
         ours = port(oracle, BertForTokenClassification, 5, compute=compute)
         forward = jax.jit(lambda key, ours=ours: ours.model().features(*inputs, dropout_key=key))
         found.append(np.asarray(forward(jax.random.key(1))))
-        whole.append(np.asarray(forward(None)))
-    np.testing.assert_array_equal(whole[0], whole[2], err_msg="nothing is left out of an evaluation")
-    np.testing.assert_allclose(whole[2], found[2], atol=1e-5)
+        if len(found) != 2:
+            whole.append(np.asarray(forward(None)))
+    np.testing.assert_array_equal(whole[0], whole[1], err_msg="nothing is left out of an evaluation")
+    np.testing.assert_allclose(whole[1], found[2], atol=1e-5)
     np.testing.assert_allclose(found[0], found[1], atol=2e-5)
     seen = []
     choices = list(itertools.product((0, 1), repeat=4))
@@ -116,9 +117,10 @@ def test_images(port):
             lambda key, ours=ours: ours.model().features(pixels, update_statistics=False, dropout_key=key)
         )
         found.append(np.asarray(forward(jax.random.key(2))))
-        whole.append(np.asarray(forward(None)))
-    np.testing.assert_array_equal(whole[0], whole[2])
-    np.testing.assert_allclose(whole[2], found[2], atol=1e-5)
+        if len(found) != 2:
+            whole.append(np.asarray(forward(None)))
+    np.testing.assert_array_equal(whole[0], whole[1])
+    np.testing.assert_allclose(whole[1], found[2], atol=1e-5)
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
     blocks = [block for stage in oracle.resnet.encoder.stages for block in stage.layers]
     choices, results = list(itertools.product((0, 1), repeat=3)), []
@@ -137,14 +139,9 @@ def test_images(port):
 
 def test_a_stopped_run_goes_on_bit_for_bit_and_any_mesh_gives_the_same(tmp_path):
     """Rows are packed, with dropout beside; eight devices get empty rows."""
-    config = config_of("text", tmp_path, steps=4)
+    config = without_evaluation(config_of("text", tmp_path, steps=4))
     config = replace(config, model=replace(config.model, stochastic_depth=0.5))
-    one = jax.devices()[:1]
-    loop.train(config, tmp_path / "whole", devices=one)
-    with pytest.raises(loop.Stopped):
-        loop.train(config, tmp_path / "parts", devices=one, stop_at=2)
-    loop.train(config, tmp_path / "parts", devices=one)
-    assert_same_bits(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
+    assert_resumes(config, tmp_path)
     loop.train(replace(config, mesh=MeshConfig(4, 2, 1, smallest_split=0)), tmp_path / "eight")
     whole, eight = ([row["loss"] for row in rows(tmp_path / run)] for run in ("whole", "eight"))
     np.testing.assert_allclose(whole, eight, rtol=2e-5)
