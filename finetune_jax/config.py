@@ -131,7 +131,7 @@ class MethodsConfig:
     sam: float = 0.0
     """Sharpness-aware minimisation: rho, how far uphill in the parameters the gradient is taken; each step runs twice."""
     mixup: float = 0.0
-    """Mixup: each example is mixed with the next of its batch, its labels' losses likewise; shares from Beta(mixup, mixup), one an example. Images: pixels. Text, but not words: what the head reads of an example."""
+    """Mixup: each example is mixed with the next of its batch, its labels' losses likewise; shares from Beta(mixup, mixup), one an example. Images: pixels. Text (no token_classification): what the head reads of an example."""
     cutmix: float = 0.0
     """CutMix (images): a box of the next image instead, of a share from Beta(cutmix, cutmix). With mixup too, each image gets one of the two by chance."""
     adversarial: Literal["none", "fgm", "pgd", "freelb", "smart", "vat"] = "none"

@@ -302,7 +302,7 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     """What the recipe says of freezing, learning rate, optimizer and weight decay.
 
     Raises:
-        UserError: Nothing is left to train.
+        UserError: Nothing is left to train, or to average.
     """
     parameters = [path for path in job.parts.abstract if path not in job.parts.statistics]
     family, optim = FAMILIES[job.family], config.optim
@@ -318,6 +318,11 @@ def make_updates(config: Config, job: Job, total_steps: int) -> Updates:
     methods = config.methods
     objective = make_objective(methods, job)
     swa = None if methods.swa is None else (round(methods.swa * total_steps), methods.swa_every)
+    if swa is not None and sum(swa) > total_steps:
+        raise UserError(
+            f"methods.swa {methods.swa:g} begins after update {swa[0]} of {total_steps}, which leaves none to average; lower it,"
+            " or methods.swa-every"
+        )
     return Updates(is_frozen, pace, schedule, optimizer, objective, methods.ema, methods.sam, swa)
 
 

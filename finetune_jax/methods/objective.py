@@ -158,9 +158,9 @@ class Smooth:
     smoothness) is that with `held`: the prediction at the example itself is a target, the divergence is from it. Both passes have the
     same dropout, so that nothing but the offset moves a prediction.
 
-    The ball is that of the other methods. For text that is the L2 norm over an example's word vectors, as in VAT, where SMART bounds
-    each number (its radius is no measure for sentences of different lengths); for images the largest change of a pixel value. The
-    ascent is a projected one, as SMART's; VAT's power iteration for a small offset has the same direction after one step.
+    The ball is that of the other methods, so that a radius means the same: for text the L2 norm over an example's word vectors, as in
+    VAT (SMART bounds each number), for images the largest change of a pixel value, as in SMART. The ascent is a projected one, as
+    SMART's; VAT's power iteration for a small offset has the same direction after one step.
     """
 
     task: Task

@@ -77,6 +77,7 @@ def test_the_mean_from_its_start_on(tmp_path):
     [
         ({"swa": 1.0}, "methods.swa is 1.0, must be from 0 to below 1"),
         ({"swa": 0.5, "ema": 0.9}, "methods.swa and methods.ema both say which weights are used; leave one of them out"),
+        ({"swa": 0.9, "swa_every": 2}, "methods.swa 0.9 begins after update 7 of 8, which leaves none to average; lower it, or methods.swa-every"),
         ({"swa_every": 3}, "methods.swa-every is set, methods.swa is not; set it, or leave both out"),
         ({"swa": 0.5, "swa_every": 0}, "methods.swa-every is 0, must be at least 1"),
     ],
