@@ -75,16 +75,34 @@ class Evaluate:
     """Which split."""
     step: str = "best"
     """Of a run: best, latest or a number."""
+    robustness: bool = False
+    """Also the accuracy where an adversary moves word vectors or pixels (fgm, pgd), and of text with typos and with words in another order."""
+    robustness_radius: float | None = None
+    """How far an example may be moved: L2 norm over its word vectors (1 where nothing is said), or levels of 255 of each pixel value (8)."""
+    robustness_steps: int = 10
+    """Of pgd."""
+    robustness_rates: tuple[float, ...] = (0.1, 0.3)
+    """Text: shares of words with a typo, and of words that change places with the next."""
+    robustness_seed: int = 0
+    """Of that noise."""
     output: str = "-"
     """JSON file, or - for standard output."""
     overrides: Overrides = dataclasses.field(default_factory=Config)
 
     def __call__(self) -> int:
-        from finetune_jax.evaluate import evaluate_model
+        from finetune_jax.robustness import Robustness, evaluate_and_try
 
         output = writable(self.output)
         known = self.config is not None or saved_config(one_or_more(self.model)[0]) is not None
-        result = evaluate_model(self.model, self.overrides if known else None, self.split, self.step)
+        options = Robustness(
+            self.robustness,
+            self.robustness_radius,
+            self.robustness_steps,
+            self.robustness_rates,
+            self.robustness_seed,
+        )
+        config = self.overrides if known else None
+        result = evaluate_and_try(self.model, config, self.split, self.step, options)
         print(result.report, file=sys.stderr)
         text = json.dumps(result.metrics, indent=2) + "\n"
         if output is None:

@@ -38,6 +38,8 @@ class TaskConfig:
     """Mass in [0, 1) moved from the true class to all classes evenly."""
     focal_gamma: float = 0.0
     """Focal loss: what is predicted with probability p counts (1 - p)^gamma; 0 counts all alike."""
+    asymmetric: tuple[float, float] = (0.0, 0.0)
+    """Asymmetric loss: two exponents. What is predicted with probability p counts (1 - p)^first for the true class, and p^second for the others, as far as label smoothing gives them mass; 0 0 counts all alike."""
     class_weights: Literal["none", "auto"] | dict[str, float] = "none"
     """Weight of a class in the loss: none (1 for all), auto (inverse frequency in train, mean 1 over examples), or NAME WEIGHT pairs for every label."""
     label_pieces: Literal["first", "all"] = "first"
@@ -74,6 +76,8 @@ class ModelConfig:
     """Where only the head is trained and nothing before it is random: compute what the head reads once, and train on that. The same updates, without running the backbone again."""
     batch_norm: Literal["train", "frozen"] = "train"
     """ResNet: normalise training batches with their own statistics and update the averages, or with the averages, never updated."""
+    stochastic_depth: float = 0.0
+    """In training, how often the last layer (BERT, both of its residual branches, each for itself) or block (ResNet) is left out for an example; those before it less often, in a line from 0. What stays counts 1 / (1 - rate)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, LayerNorm, softmax, BatchNorm statistics and the loss are float32 always."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -162,18 +166,30 @@ class MethodsConfig:
     """R-Drop: weight alpha of the divergence between two passes with different dropout; each step runs both."""
     ema: float | None = None
     """Decay, below 1, of a moving average of all that is trained: evaluation, prediction and export use it instead of the last weights. It begins with a shorter memory: (1 + step) / (10 + step) at most."""
+    proximal: float = 0.0
+    """With ema: factor of how far the prediction is from that of the averages, which holds the model back (SMART's momentum Bregman proximal point, its mu); one forward pass more."""
+    swa: float | None = None
+    """Stochastic weight averaging: from this share of the updates on (0.75, for one), the plain mean of all that is trained is used for evaluation, prediction and export; before it, the last weights are. The paper keeps the learning rate high meanwhile: optim.schedule constant. BatchNorm's running averages are averaged too, as with ema, not computed anew from the data."""
+    swa_every: int = 1
+    """SWA: updates from one set of weights that is averaged to the next."""
     neftune: float = 0.0
     """NEFTune (text): word vectors get uniform noise up to neftune / sqrt(numbers of the example)."""
     sam: float = 0.0
     """Sharpness-aware minimisation: rho, how far uphill in the parameters the gradient is taken; each step runs twice."""
-    adversarial: Literal["none", "fgm", "pgd", "freelb"] = "none"
-    """Also learn from examples that are moved uphill: fgm by one step from where they are (images: FGSM); pgd by several from a random point; freelb (text) at each of several steps, and nowhere else."""
+    mixup: float = 0.0
+    """Mixup: each example is mixed with the next of its batch, its labels' losses likewise; shares from Beta(mixup, mixup), one an example. Images: pixels. Text (no token_classification): what the head reads of an example."""
+    cutmix: float = 0.0
+    """CutMix (images): a box of the next image instead, of a share from Beta(cutmix, cutmix). With mixup too, each image gets one of the two by chance."""
+    adversarial: Literal["none", "fgm", "pgd", "freelb", "smart", "vat"] = "none"
+    """Also learn from examples that are moved uphill: fgm by one step from where they are (images: FGSM); pgd by several from a random point; freelb (text) at each of several steps, and nowhere else. smart and vat look for where the prediction moves most, not the loss, and add how far it moves: smart pulls at both ends, vat at the moved one."""
+    adversarial_weight: float = 1.0
+    """smart, vat: factor of what is added (SMART's lambda_s)."""
     radius: float = 1.0
     """Adversarial: how far an example may be moved. Text: L2 norm over the word vectors of an example. Images: of a pixel value, in levels of 255."""
     ascent_steps: int = 3
-    """pgd, freelb: steps uphill. Each is a forward and a backward pass."""
+    """All but fgm: steps uphill. Each is a forward and a backward pass."""
     ascent_rate: float | None = None
-    """pgd, freelb: length of a step, in the measure of the radius; None: 2.5 * radius / ascent_steps."""
+    """All but fgm: length of a step, in the measure of the radius; None: 2.5 * radius / ascent_steps."""
 
 
 @dataclass(frozen=True)
@@ -542,6 +558,7 @@ def validate(config: Config) -> Config:
         ("peft.prefix-hidden", config.peft.prefix_hidden, 1),
         ("model.reinit-layers", config.model.reinit_layers, 0),
         ("methods.ascent-steps", config.methods.ascent_steps, 1),
+        ("methods.swa-every", config.methods.swa_every, 1),
         ("optim.unfreeze-every", config.optim.unfreeze_every, 1),
         ("mesh.smallest-split", config.mesh.smallest_split, 0),
         ("seed", config.seed, 0),
@@ -559,10 +576,15 @@ def validate(config: Config) -> Config:
         ("peft.prune-until", config.peft.prune_until, 0.0, 1.0),
         ("peft.sensitivity-decay", config.peft.sensitivity_decay, 0.0, 0.9999),
         ("peft.orthogonality", config.peft.orthogonality, 0.0, 1e3),
+        ("model.stochastic-depth", config.model.stochastic_depth, 0.0, 0.999),
         ("methods.r-drop", config.methods.r_drop, 0.0, 1e4),
         ("methods.neftune", config.methods.neftune, 0.0, 1e4),
         ("methods.sam", config.methods.sam, 0.0, 1e4),
+        ("methods.proximal", config.methods.proximal, 0.0, 1e4),
+        ("methods.mixup", config.methods.mixup, 0.0, 100.0),
+        ("methods.cutmix", config.methods.cutmix, 0.0, 100.0),
         ("task.focal-gamma", config.task.focal_gamma, 0.0, 20.0),
+        *(("task.asymmetric", gamma, 0.0, 20.0) for gamma in config.task.asymmetric),
         ("optim.momentum", config.optim.momentum, 0.0, 0.9999),
         ("optim.beta1", config.optim.beta1, 0.0, 0.999999),
         ("optim.beta2", config.optim.beta2, 0.0, 0.999999),
@@ -589,6 +611,7 @@ def validate(config: Config) -> Config:
         ("optim.eps", config.optim.eps),
         ("peft.alpha", config.peft.alpha),
         ("methods.radius", config.methods.radius),
+        ("methods.adversarial-weight", config.methods.adversarial_weight),
         ("methods.ascent-rate", config.methods.ascent_rate),
     ):
         if value is not None and not 0 < value < float("inf"):
@@ -600,6 +623,7 @@ def validate(config: Config) -> Config:
     if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
         raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
     _check_augmentation(config)
+    _check_loss(config.task)
     _check_methods(config)
     _check_peft(config)
     if config.train.batch_size % config.train.accumulation:
@@ -650,6 +674,29 @@ def _check_augmentation(config: Config) -> None:
         )
 
 
+def _check_loss(task: TaskConfig) -> None:
+    """
+    Raises:
+        UserError: Losses that exclude each other, or do not go with the task.
+    """
+    if task.focal_gamma and task.name == "sequence_regression":
+        raise UserError("task.focal-gamma is for classes; a sequence_regression has none")
+    if not any(task.asymmetric):
+        return
+    shown = "task.asymmetric {:g} {:g}".format(*task.asymmetric)
+    if task.name == "sequence_regression":
+        raise UserError(f"{shown} is for classes; a sequence_regression has none")
+    if task.focal_gamma:
+        raise UserError(
+            f"task.focal-gamma {task.focal_gamma:g} and {shown} exclude each other; leave one out"
+        )
+    if task.asymmetric[1] and not task.label_smoothing:
+        raise UserError(
+            f"{shown}: the second is for classes that are not the true one, which only task.label-smoothing gives a"
+            " part in the loss; set that (the paper's code takes 0.1), or the second to 0"
+        )
+
+
 def _check_methods(config: Config) -> None:
     """
     Raises:
@@ -659,6 +706,8 @@ def _check_methods(config: Config) -> None:
     around = {
         "r-drop": f"{methods.r_drop:g}" if methods.r_drop else "",
         "neftune": f"{methods.neftune:g}" if methods.neftune else "",
+        "mixup": f"{methods.mixup:g}" if methods.mixup else "",
+        "cutmix": f"{methods.cutmix:g}" if methods.cutmix and not methods.mixup else "",
         "adversarial": methods.adversarial if methods.adversarial != "none" else "",
     }
     chosen = [f"methods.{name} {value}" for name, value in around.items() if value]
@@ -668,24 +717,49 @@ def _check_methods(config: Config) -> None:
         raise UserError("methods.neftune adds noise to word vectors; a resnet has none")
     if methods.r_drop and config.model.family == "resnet":
         raise UserError("methods.r-drop compares two passes with different dropout; a resnet has none")
+    if methods.cutmix and config.model.family != "resnet":
+        raise UserError(f"methods.cutmix cuts boxes of pixels; a {config.model.family} has none")
+    if methods.mixup and config.task.name == "token_classification":
+        raise UserError(
+            "methods.mixup mixes what the head reads of two examples; in a token_classification it reads words, of which none"
+            " stands for another; leave it out"
+        )
     if methods.adversarial == "freelb" and config.model.family == "resnet":
         raise UserError("methods.adversarial freelb is for text; take fgm or pgd for images")
     if methods.ema is not None and not 0 <= methods.ema < 1:
         raise UserError(f"methods.ema is {methods.ema}, must be from 0 to below 1")
-    unused = dataclasses.replace(methods, r_drop=0.0, ema=None, neftune=0.0, sam=0.0)
-    if methods.adversarial == "none" and unused != MethodsConfig():
+    if methods.swa is not None and not 0 <= methods.swa < 1:
+        raise UserError(f"methods.swa is {methods.swa}, must be from 0 to below 1")
+    if methods.swa is not None and methods.ema is not None:
+        raise UserError("methods.swa and methods.ema both say which weights are used; leave one of them out")
+    if methods.swa is None and methods.swa_every != 1:
+        raise UserError("methods.swa-every is set, methods.swa is not; set it, or leave both out")
+    if methods.proximal and methods.ema is None:
+        raise UserError(
+            "methods.proximal holds the model near its averages; set methods.ema, or leave it out"
+        )
+    if methods.adversarial not in ("none", "smart", "vat") and methods.adversarial_weight != 1:
+        raise UserError(
+            f"methods.adversarial-weight is for smart and vat, methods.adversarial is {methods.adversarial}; leave it out"
+        )
+    attack = ("radius", "ascent_steps", "ascent_rate", "adversarial_weight")
+    if methods.adversarial == "none" and any(
+        getattr(methods, n) != getattr(MethodsConfig(), n) for n in attack
+    ):
         raise UserError(
             "methods.adversarial is none, its other fields are set; name a method, or leave them out"
         )
     if methods.adversarial == "fgm" and (methods.ascent_steps != 3 or methods.ascent_rate is not None):
         raise UserError(
-            "methods.adversarial fgm goes one step of methods.radius; methods.ascent-steps and methods.ascent-rate are for pgd and freelb"
+            "methods.adversarial fgm goes one step of methods.radius; methods.ascent-steps and methods.ascent-rate are for the others"
         )
-    if config.task.focal_gamma and config.task.name == "sequence_regression":
-        raise UserError("task.focal-gamma is for classes; a sequence_regression has none")
     if config.model.cache_features and chosen:
         raise UserError(
             f"model.cache-features runs the model once, {chosen[0]} in every step; leave one of them out"
+        )
+    if config.model.cache_features and config.model.stochastic_depth:
+        raise UserError(
+            "model.cache-features keeps what model.stochastic-depth varies in every step; leave one of them out"
         )
 
 
@@ -713,10 +787,11 @@ def _check_peft(config: Config) -> None:
             raise UserError(
                 f"peft.prune-until {peft.prune_until:g} must be over peft.prune-from {peft.prune_from:g}"
             )
-        if config.methods.ema is not None:
-            raise UserError(
-                "peft.method adalora and methods.ema exclude each other: an average keeps what was pruned; leave one of them out"
-            )
+        for name in ("ema", "swa"):
+            if getattr(config.methods, name) is not None:
+                raise UserError(
+                    f"peft.method adalora and methods.{name} exclude each other: an average keeps what was pruned; leave one of them out"
+                )
     if (
         config.peft.method != "none"
         and config.model.family == "resnet"

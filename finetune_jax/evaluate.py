@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from finetune_jax.opening import is_run
 from finetune_jax.sharding import batch_parts
 from finetune_jax.step import abstract_batch, lower_forward, make_features, make_forward
 from finetune_jax.tasks import TASKS
+from finetune_jax.tasks.base import Records
 from finetune_jax.tree import Flat
 
 
@@ -53,6 +54,7 @@ class Forward:
         threads: int = 4,
         patience: float = math.inf,
         features: int = 0,
+        step: Callable[..., Any] | None = None,
     ):
         """
         Args:
@@ -63,11 +65,12 @@ class Forward:
             threads: That read ahead.
             patience: Seconds to wait for a batch.
             features: Their width, where the step ends before the head.
+            step: (weights, batch) -> (logits, sums), where it is not the plain one.
         """
         shape = evaluation_shape(examples, batch_size, job.task.row_length, batching)
         self._job, self._examples, self._threads, self._patience = job, examples, threads, patience
         make = make_features if features else make_forward
-        self._step, self._width = make(job.task, job.parts), features or job.task.num_labels
+        self._step, self._width = step or make(job.task, job.parts), features or job.task.num_labels
         self._batches = Batches(examples, shape, None, parts=batch_parts(job.mesh), mesh=job.mesh)
         self.compiled: dict[int, Any] = {}
         """Of what `lower` gives; made at first use where nobody has set it."""
@@ -128,38 +131,82 @@ def evaluate(
     return Evaluation(metrics.means(sums) | figures, report, job.task.only_class(logits, examples))
 
 
-def evaluate_model(
-    models: str | Sequence[str], config: Config | None, split: str, step: str = "best"
-) -> Evaluation:
-    """Metrics of a run or a Hugging Face folder on a split of a recipe's data; of several, those of their averaged probabilities.
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A trained model, and the split that it is measured on."""
+
+    job: Job
+    weights: Flat
+    records: Records
+    config: Config
+    """Says how examples share rows."""
+
+    def examples(self) -> Any:
+        """The split, as the model's task reads it."""
+        return self.job.task.examples(self.records, train=False)
+
+    def forward(self, examples: Examples, step: Callable[..., Any] | None = None) -> Forward:
+        """The forward step of some examples, or another."""
+        data, size = self.config.data, self.config.evaluation.batch_size
+        return Forward(self.job, examples, size, data.batching, data.threads, step=step)
+
+
+def open_splits(
+    models: Sequence[str], config: Config | None, split: str, step: str = "best"
+) -> Iterator[Opened]:
+    """Runs or Hugging Face folders of one kind, each when it is asked for, and a split of a recipe's data.
 
     Args:
-        models: A run folder or a Hugging Face folder, or several.
+        models: Run folders or Hugging Face folders.
         config: Says which data; None takes the (first) run's own.
         split: train, validation or test.
         step: Of a run: best, latest or a number.
 
     Raises:
-        UserError: There is no such split, labels that the model does not know, or models of several kinds.
+        UserError: There is no such split, labels that a model does not know, or models of several kinds.
     """
-    models = [models] if isinstance(models, str) else models
-    model = models[0]
     if config is None:
-        path = storage.place(model)
+        path = storage.place(models[0])
         if not is_run(path):
-            raise UserError(f"{model} is not a run folder: say which data with --config")
+            raise UserError(f"{models[0]} is not a run folder: say which data with --config")
         config = load_saved(path / CONFIG_FILE)
-    found = []
+    records = None
     for job, weights in members(models, step=step, max_length=config.data.max_length, mesh=config.mesh):
         if TASKS[config.task.name] is not type(job.task):
             raise UserError(
-                f"{model} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
+                f"{models[0]} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
             )
-        examples = split_of(config, job, split)
-        forward = forward_of(config, job, examples)
+        records = records_of(config, job, split) if records is None else records
+        yield Opened(job, weights, records, config)
+
+
+def records_of(config: Config, job: Job, split: str) -> Records:
+    """A split of a recipe's data, with the label ids of the job's task.
+
+    Raises:
+        UserError: There is no such split, or labels that the task does not know.
+    """
+    source = load_source(config.data, config.task.name, labels=job.task.labels)
+    if split not in source.splits:
+        raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
+    return source.splits[split]
+
+
+def evaluate_model(
+    models: str | Sequence[str], config: Config | None, split: str, step: str = "best"
+) -> Evaluation:
+    """Metrics of a run or a Hugging Face folder on a split of a recipe's data; of several, those of their averaged probabilities.
+
+    Arguments and errors are those of `open_splits`.
+    """
+    models = [models] if isinstance(models, str) else models
+    found = []
+    for opened in open_splits(models, config, split, step):
+        examples = opened.examples()
+        forward = opened.forward(examples)
         if len(models) == 1:
-            return evaluate(forward, job, examples, weights)
-        found.append((job, examples, forward.outputs(weights)[0]))
+            return evaluate(forward, opened.job, examples, opened.weights)
+        found.append((opened.job, examples, forward.outputs(opened.weights)[0]))
     job, examples, _ = found[0]
     logits = averaged(job, [values for _, _, values in found])
     labels = np.asarray(examples.labels)
@@ -171,21 +218,3 @@ def evaluate_model(
     figures, report = job.task.metrics(logits, examples)
     sums = {"loss": job.task.loss(jnp.asarray(logits), known)}
     return Evaluation(metrics.means(sums) | figures, report, job.task.only_class(logits, examples))
-
-
-def split_of(config: Config, job: Job, split: str) -> Examples:
-    """A split of a recipe's data, as the job's task reads it.
-
-    Raises:
-        UserError: There is no such split, or labels that the model does not know.
-    """
-    source = load_source(config.data, config.task.name, labels=job.task.labels)
-    if split not in source.splits:
-        raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
-    return job.task.examples(source.splits[split], train=False)
-
-
-def forward_of(config: Config, job: Job, examples: Examples) -> Forward:
-    """The forward step of a split, as the recipe evaluates."""
-    data = config.data
-    return Forward(job, examples, config.evaluation.batch_size, data.batching, data.threads)

@@ -36,7 +36,18 @@ from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
 from finetune_jax.kernels import PLATFORMS, attention_kernel
-from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Objective, Plain, RDrop
+from finetune_jax.methods.mixing import Mixing
+from finetune_jax.methods.objective import (
+    Adversarial,
+    FreeLB,
+    Mixed,
+    Noisy,
+    Objective,
+    Plain,
+    Proximal,
+    RDrop,
+    Smooth,
+)
 from finetune_jax.methods.perturbation import Perturbation, PixelOffsets, WordOffsets
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
@@ -218,7 +229,13 @@ def parse_model(config: ModelConfig, checkpoint: Checkpoint | None) -> Any:
 
 def compute_of(config: ModelConfig) -> Compute:
     """How the model computes."""
-    return Compute(DTYPES[config.dtype], config.remat, config.scan_layers, config.batch_norm_groups)
+    return Compute(
+        DTYPES[config.dtype],
+        config.remat,
+        config.scan_layers,
+        config.batch_norm_groups,
+        config.stochastic_depth,
+    )
 
 
 def task_from_config(
@@ -261,6 +278,7 @@ def task_from_config(
     if labels is not None:
         values["label_smoothing"] = config.task.label_smoothing
         values["focal_gamma"] = config.task.focal_gamma
+        values["asymmetric"] = config.task.asymmetric
     if config.task.name == "token_classification":
         values["all_pieces"] = config.task.label_pieces == "all"
     return TASKS[config.task.name](**values)
@@ -301,7 +319,7 @@ def make_updates(
     """What the recipe says of freezing, learning rate (or another schedule does), optimizer and weight decay.
 
     Raises:
-        UserError: Nothing is left to train.
+        UserError: Nothing is left to train, or to average.
     """
     parameters = [path for path in job.parts.abstract if path not in job.parts.statistics]
     family, optim = FAMILIES[job.family], config.optim
@@ -314,12 +332,27 @@ def make_updates(
     schedule = schedule or make_schedule(config.optim, total_steps)
     decay = lookup((*install.DECAY, *family.DECAY), trained, "weight-decay rule")
     methods, objective = config.methods, make_objective(config.methods, job)
+    swa = None if methods.swa is None else (round(methods.swa * total_steps), methods.swa_every)
+    if swa is not None and sum(swa) > total_steps:
+        raise UserError(
+            f"methods.swa {methods.swa:g} begins after update {swa[0]} of {total_steps}, which leaves none to average; lower it,"
+            " or methods.swa-every"
+        )
     penalty = last = None
     if config.peft.method == "adalora":
         penalty, last = orthogonality(config.peft.orthogonality), pruned(config.peft, total_steps)
-    optimizer = make_optimizer(optim, schedule, decay, pace, last)
-    kept = DTYPES[model.frozen_dtype]
-    return Updates(is_frozen, pace, schedule, optimizer, objective, methods.ema, methods.sam, kept, penalty)
+    return Updates(
+        is_frozen=is_frozen,
+        paces=pace,
+        schedule=schedule,
+        optimizer=make_optimizer(optim, schedule, decay, pace, last),
+        objective=objective,
+        ema=methods.ema,
+        swa=swa,
+        sam=methods.sam,
+        frozen_dtype=DTYPES[model.frozen_dtype],
+        penalty=penalty,
+    )
 
 
 def abstract_state_of(job: Job, updates: Updates) -> TrainState:
@@ -330,7 +363,7 @@ def abstract_state_of(job: Job, updates: Updates) -> TrainState:
         updates.is_frozen,
         updates.optimizer,
         job.mesh,
-        averaged=updates.ema is not None,
+        averaged=updates.averaged,
         frozen_dtype=updates.frozen_dtype,
     )
 
@@ -341,6 +374,11 @@ def make_objective(config: MethodsConfig, job: Job) -> Objective:
     Raises:
         UserError: Nothing differs between two passes that are to agree.
     """
+    objective = _around_the_loss(config, job)
+    return Proximal(job.task, objective, config.proximal) if config.proximal else objective
+
+
+def _around_the_loss(config: MethodsConfig, job: Job) -> Objective:
     if config.r_drop:
         rates = [getattr(job.model_config, name, 0.0) or 0.0 for name in DROPOUTS]
         if not any(rates) and not job.peft.dropout:
@@ -349,20 +387,29 @@ def make_objective(config: MethodsConfig, job: Job) -> Objective:
                 " --model.hf-config"
             )
         return RDrop(job.task, config.r_drop)
+    if config.mixup or config.cutmix:
+        return Mixed(job.task, Mixing(config.mixup, config.cutmix))
     if config.adversarial == "none" and not config.neftune:
         return Plain(job.task)
     steps = 1 if config.adversarial == "fgm" else config.ascent_steps
     rate = config.radius if config.adversarial == "fgm" else config.ascent_rate or 2.5 * config.radius / steps
-    if job.family == "resnet":
-        ball: Perturbation = PixelOffsets(config.radius / 255, rate / 255)
-    else:
-        width = job.parts.abstract["bert/embeddings/word_embeddings/embedding"].shape[1]
-        ball = WordOffsets(width, config.neftune or config.radius, rate)
+    ball = make_ball(job, config.neftune or config.radius, rate)
     if config.neftune:
         return Noisy(job.task, ball)
     if config.adversarial == "freelb":
         return FreeLB(job.task, ball, steps)
+    if config.adversarial in ("smart", "vat"):
+        held = config.adversarial == "vat"
+        return Smooth(job.task, ball, steps, config.adversarial_weight, held)
     return Adversarial(job.task, ball, steps, random_start=config.adversarial == "pgd")
+
+
+def make_ball(job: Job, radius: float, rate: float) -> Perturbation:
+    """What may be done to an example of the job's: to its word vectors, or to its pixels (lengths in levels of 255)."""
+    if job.family == "resnet":
+        return PixelOffsets(radius / 255, rate / 255)
+    width = job.parts.abstract["bert/embeddings/word_embeddings/embedding"].shape[1]
+    return WordOffsets(width, radius, rate)
 
 
 def cached_width(config: Config, job: Job, updates: Updates) -> int:

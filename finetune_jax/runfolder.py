@@ -79,6 +79,10 @@ def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] =
         for path in sorted(old.keys() | new.keys())
         if old.get(path) != new.get(path) and not path.startswith(FREE_TO_CHANGE) and path not in allowed
     ]
+    if config.methods.swa is not None and {"train.epochs", "train.steps"} & set(allowed):
+        raise UserError(
+            "methods.swa begins at a share of the training, which --allow-change would move; name a new --workdir"
+        )
     if changed:
         listed = "; ".join(
             f"{path.replace('_', '-')} {old.get(path)!r} -> {new.get(path)!r}" for path in changed

@@ -13,7 +13,7 @@ from finetune_jax import __version__, metrics, signals, storage
 from finetune_jax.config import MeshConfig, load_saved
 from finetune_jax.ensemble import members
 from finetune_jax.errors import UserError
-from finetune_jax.evaluate import evaluate, forward_of, split_of
+from finetune_jax.evaluate import Opened, evaluate, records_of
 from finetune_jax.export import CARD_FILE
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import export_tensors
@@ -69,8 +69,9 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
             f"{different[0]} has weights of other shapes than {runs[0]}; a soup needs runs of one model"
         )
     metric = config.evaluation.metric or plain.task.metric
-    examples = split_of(config, plain, "validation")
-    forward = forward_of(config, plain, examples)
+    opened = Opened(plain, {}, records_of(config, plain, "validation"), config)
+    examples = opened.examples()
+    forward = opened.forward(examples)
 
     def value_of(chosen: Sequence[int]) -> float:
         mean = place_weights(mean_of([found[number][1] for number in chosen]), plain.shardings)

@@ -39,7 +39,7 @@ class TrainState:
     skipped_in_a_row: Any
     """int32 []: of them, the last ones."""
     averages: Flat = dataclasses.field(default_factory=dict)
-    """Moving averages of `params` and `model_state`, by path; empty where none are kept."""
+    """Averages of `params` and `model_state` over updates (methods.ema, methods.swa), by path; empty where none are kept."""
 
     @property
     def weights(self) -> Flat:

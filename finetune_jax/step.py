@@ -17,7 +17,7 @@ from finetune_jax.peft.selection import Pace
 from finetune_jax.sharding import batch_sharding, replicated
 from finetune_jax.state import ModelParts, TrainState
 from finetune_jax.tasks import Task
-from finetune_jax.tasks.base import OFFSET
+from finetune_jax.tasks.base import OFFSET, SHARE
 from finetune_jax.tree import Flat, flatten, unflatten
 
 DeviceBatch = Mapping[str, jax.Array]
@@ -40,10 +40,17 @@ class Updates:
     """Decay of the moving averages of what it moves."""
     sam: float = 0.0
     """How far uphill in the parameters its gradient is taken."""
+    swa: tuple[int, int] | None = None
+    """A plain mean instead: of what is there after so many updates, and from then on after each so many."""
     frozen_dtype: DTypeLike = jnp.float32
     """Of the matrices that it does not move."""
     penalty: Callable[[Flat], jax.Array] | None = None
     """Of the parameters: what is added to the mean loss before its gradient is taken, and not to the loss that is told."""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether averages are kept."""
+        return self.ema is not None or self.swa is not None
 
 
 def make_train_step(
@@ -64,13 +71,22 @@ def make_train_step(
     keep their bits.
     """
 
-    def loss(params: Flat, others: Flat, statistics: Flat, batch: DeviceBatch, key: jax.Array):
+    def loss(
+        params: Flat, others: Flat, statistics: Flat, batch: DeviceBatch, key: jax.Array, averages: Flat
+    ):
         def run(
-            key: jax.Array, offset: jax.Array | None = None, *, still: bool = False
+            key: jax.Array,
+            offset: jax.Array | None = None,
+            *,
+            still: bool = False,
+            share: jax.Array | None = None,
+            averaged: bool = False,
         ) -> tuple[jax.Array, Flat]:
             own = jax.lax.stop_gradient(params) if still else params
-            model = nnx.merge(parts.graphdef, unflatten({**own, **others, **statistics}), copy=True)
-            logits = task.logits(model, batch if offset is None else {**batch, OFFSET: offset}, key)
+            weights = {**own, **others, **statistics, **(averages if averaged else {})}
+            model = nnx.merge(parts.graphdef, unflatten(weights), copy=True)
+            more = {name: value for name, value in ((OFFSET, offset), (SHARE, share)) if value is not None}
+            logits = task.logits(model, {**batch, **more}, key)
             return logits, flatten(nnx.state(model, nnx.BatchStat))
 
         total, weight, new_statistics = updates.objective(run, batch, key)
@@ -113,13 +129,8 @@ def make_train_step(
         params = where_finite(finite, optax.apply_updates(state.params, steps), state.params)  # pyright: ignore[reportArgumentType]
         statistics = where_finite(finite, statistics, state.model_state)
         averages = state.averages
-        if updates.ema is not None:
-            done = (state.step - state.skipped).astype(jnp.float32)
-            # The first steps would else stay in the average for long (TensorFlow's ExponentialMovingAverage, num_updates).
-            decay = jnp.minimum(updates.ema, (1.0 + done) / (10.0 + done))
-            moved = jax.tree.map(
-                lambda a, w: decay * a + (1.0 - decay) * w, averages, {**params, **statistics}
-            )
+        if updates.averaged:
+            moved = moved_averages(updates, averages, {**params, **statistics}, state.step - state.skipped)
             averages = where_finite(finite, moved, averages)
         new = TrainState(
             step=state.step + 1,
@@ -137,13 +148,44 @@ def make_train_step(
     return train_step
 
 
+def moved_averages(updates: Updates, averages: Flat, weights: Flat, done: jax.Array) -> Flat:
+    """The averages after an update.
+
+    With `updates.swa` the mean of the weights at its start and of those after each so many updates more (Izmailov et al. 2018,
+    arXiv:1803.05407, algorithm 1); up to the start, the weights themselves.
+
+    Args:
+        updates: Which averages.
+        averages: As they were.
+        weights: As the update left them.
+        done: int32 [], updates before it.
+    """
+    if updates.swa is not None:
+        start, every = updates.swa
+        since = done + 1 - start
+        models = jnp.maximum(since // every, 0).astype(jnp.float32)  # in the mean already
+        is_due = since % every == 0
+
+        def mean(a: jax.Array, w: jax.Array) -> jax.Array:
+            return jnp.where(since <= 0, w, jnp.where(is_due, a + (w - a) / (models + 1.0), a))
+
+        return jax.tree.map(mean, averages, weights)
+    assert updates.ema is not None
+    count = done.astype(jnp.float32)
+    # The first steps would else stay in the average for long (TensorFlow's ExponentialMovingAverage, num_updates).
+    decay = jnp.minimum(updates.ema, (1.0 + count) / (10.0 + count))
+    return jax.tree.map(lambda a, w: decay * a + (1.0 - decay) * w, averages, weights)
+
+
 def summed_gradient(
     gradient: Any, state: TrainState, batch: DeviceBatch, key: jax.Array, accumulation: int
 ) -> tuple[jax.Array, jax.Array, Flat, Flat]:
     """(loss sum, weight sum, BatchNorm averages, gradient of the loss sum) over the micro-batches, in turn."""
 
     def of(statistics: Flat, rows: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Flat, Flat]:
-        (_, (total, weight, statistics)), grads = gradient(state.params, state.frozen, statistics, rows, key)
+        (_, (total, weight, statistics)), grads = gradient(
+            state.params, state.frozen, statistics, rows, key, state.averages
+        )
         return total, weight, statistics, grads
 
     if accumulation == 1:

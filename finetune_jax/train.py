@@ -203,7 +203,7 @@ def first_state(setup: Setup) -> TrainState:
         updates.optimizer,
         job.mesh,
         seed,
-        averaged=updates.ema is not None,
+        averaged=updates.averaged,
         frozen_dtype=updates.frozen_dtype,
     )
 

@@ -22,7 +22,18 @@ FLOORS = [
     {"data", "hf", "optim", "peft", "sharding"},
     {"tasks", "state", "kernels", "methods"},
     {"step", "checkpoint", "job", "synonyms"},
-    {"runfolder", "evaluate", "predict", "export", "audit", "meter", "programs", "ensemble", "soup"},
+    {
+        "runfolder",
+        "evaluate",
+        "robustness",
+        "predict",
+        "export",
+        "audit",
+        "meter",
+        "programs",
+        "ensemble",
+        "soup",
+    },
     {"train", "plan", "plan_report"},
     {"seeds", "sweep", "range_test"},
     {"cli", "__main__"},
@@ -30,7 +41,7 @@ FLOORS = [
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
     ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("optim", "peft"), ("peft", "hf"), ("methods", "tasks"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"), ("job", "step"),
-    ("opening", "checkpoint"), ("opening", "job"), ("evaluate", "ensemble"), ("soup", "ensemble"), ("soup", "evaluate"), ("soup", "export"), ("predict", "ensemble"), ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("targets", "config"), ("plan_report", "plan"),
+    ("opening", "checkpoint"), ("opening", "job"), ("evaluate", "ensemble"), ("soup", "ensemble"), ("soup", "evaluate"), ("soup", "export"), ("predict", "ensemble"), ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("robustness", "evaluate"), ("robustness", "predict"), ("targets", "config"), ("plan_report", "plan"),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Small models and data sets, written to disk as a user would have them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,22 @@ def train_with(config: Config, change: dict[str, dict[str, Any]], folder: Path) 
         main(["train", "--config", str(recipe), "--workdir", str(folder / "run")])
     assert isinstance(stop.value.code, int)
     return stop.value.code
+
+
+def without_evaluation(config: Config) -> Config:
+    """The train step is all that the run compiles."""
+    data = dataclasses.replace(config.data, validation=None, test=None)
+    return dataclasses.replace(config, data=data)
+
+
+def assert_resumes(config: Config, folder: Path) -> None:
+    """A run that is stopped after two updates and goes on, in folder/parts, has the bits of one that is not, in folder/whole."""
+    one = jax.devices()[:1]
+    train.train(config, folder / "whole", devices=one)
+    with pytest.raises(train.Stopped):
+        train.train(config, folder / "parts", devices=one, stop_at=2)
+    train.train(config, folder / "parts", devices=one)
+    assert_same_bits(saved(folder / "whole"), saved(folder / "parts"))
 
 
 def saved(run: Path) -> tuple[int, dict[str, Any]]:

@@ -20,9 +20,11 @@ from finetune_jax.models.layers import (
     Embed,
     LayerNorm,
     Linear,
+    depth_rate,
     dropout,
     rematerialised,
     softmax,
+    surviving,
 )
 
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -49,6 +51,10 @@ HEAD = r"classifier/(kernel|bias)"
 
 STEM, BLOCK = r"bert/embeddings/.*", r"bert/encoder/layer/(\d+)/.*"
 """Parameters before the first layer, and within one; the group is its number."""
+
+
+_DEPTH = 0x5D
+"""Folded into the keys of stochastic depth: dropout goes on with the keys that it has without."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,16 @@ class Output(nnx.Module):
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout_rate = config.hidden_dropout_prob
 
-    def __call__(self, x_BxLxE: jax.Array, residual_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_BxLxE: jax.Array,
+        residual_BxLxD: jax.Array,
+        key: jax.Array | None,
+        factor_BxLx1: jax.Array | None = None,
+    ) -> jax.Array:
         x_BxLxD = dropout(self.dense(x_BxLxE, key), self.dropout_rate, key).astype(jnp.float32)
+        if factor_BxLx1 is not None:
+            x_BxLxD = x_BxLxD * factor_BxLx1
         return self.LayerNorm(x_BxLxD + residual_BxLxD.astype(jnp.float32))
 
 
@@ -211,11 +225,26 @@ class Layer(nnx.Module):
         segment_ids_BxL: jax.Array,
         key: jax.Array | None,
         prefix_Px2xD: jax.Array | None = None,
+        rate: jax.Array | None = None,
     ) -> jax.Array:
+        """The rate is how often a residual branch is left out for a segment; it needs a key."""
         weights_key, attention_key, output_key = _split(key, 3)
+        factors: list[jax.Array | None] = [None, None]
+        if key is not None and rate is not None:
+            factors = [_by_segment(k, rate, segment_ids_BxL) for k in (attention_key, output_key)]
         mixed_BxLxD = self.attention.self(x_BxLxD, segment_ids_BxL, weights_key, prefix_Px2xD)
-        x_BxLxD = self.attention.output(mixed_BxLxD, x_BxLxD, attention_key).astype(self.dtype)
-        return self.output(self.intermediate(x_BxLxD, output_key), x_BxLxD, output_key).astype(self.dtype)
+        x_BxLxD = self.attention.output(mixed_BxLxD, x_BxLxD, attention_key, factors[0]).astype(self.dtype)
+        wide_BxLxF = self.intermediate(x_BxLxD, output_key)
+        return self.output(wide_BxLxF, x_BxLxD, output_key, factors[1]).astype(self.dtype)
+
+
+def _by_segment(key: jax.Array | None, rate: jax.Array, segment_ids_BxL: jax.Array) -> jax.Array:
+    """BxLx1: `surviving`, the same at all positions of a segment."""
+    assert key is not None
+    B, L = segment_ids_BxL.shape
+    # Segments count from 1 and have a piece at least.
+    factor_BxS = surviving(jax.random.fold_in(key, _DEPTH), rate, (B, L + 1))
+    return jnp.take_along_axis(factor_BxS, segment_ids_BxL, axis=1)[:, :, None]
 
 
 class Encoder(nnx.Module):
@@ -289,7 +318,10 @@ class Bert(nnx.Module):
             graphdef: Any,
         ) -> jax.Array:
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            x_BxLxD = nnx.merge(graphdef, weights)(x_BxLxD, segment_ids_BxL, layer_key, prefix_Px2xD)
+            last = self.compute.stochastic_depth
+            # An array: layers that differ in their rate are one program.
+            rate = depth_rate(last, index, len(graphdefs)) if last and key is not None else None
+            x_BxLxD = nnx.merge(graphdef, weights)(x_BxLxD, segment_ids_BxL, layer_key, prefix_Px2xD, rate)
             return self.compute.split_rows(x_BxLxD)
 
         # Under jit a layer is traced once and called, if layers are alike (peft/ may change some of them only); each copy would

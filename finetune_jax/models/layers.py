@@ -84,6 +84,8 @@ class Compute:
     """BERT: one compiled layer that runs in a loop, instead of as many copies as there are layers."""
     batch_norm_groups: int = 1
     """ResNet: equal parts of a batch that are normalised apart."""
+    stochastic_depth: float = 0.0
+    """How often training leaves out the residual branch of the last layer or block; those before it less often."""
     attend: Attend | None = None
     """BERT: used where it can be; None, dropout and what it does not take are left to XLA."""
     split_rows: Callable[[jax.Array], jax.Array] = lambda x: x
@@ -363,6 +365,20 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if cut >= 2**32:
         return jnp.zeros_like(x)
     return jnp.where(random_words(key, x.shape) >= jnp.uint32(cut), x / (1.0 - cut / 2**32), 0.0)
+
+
+def surviving(key: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:
+    """Factors of residual branches, float32: 0 in a share `rate` of them, 1 / (1 - rate) else, so that their mean is 1.
+
+    Stochastic depth (Huang et al. 2016, arXiv:1603.09382, eq. 2), scaled in training and not in evaluation.
+    """
+    cut = (jnp.asarray(rate, jnp.float32) * 2.0**32).astype(jnp.uint32)
+    return jnp.where(random_words(key, shape) >= cut, 1.0 / (1.0 - rate), 0.0)
+
+
+def depth_rate(last: float, number: jax.Array | int, count: int) -> jax.Array:
+    """Of the layer or block of a number, from 0, among so many: in a line to `last` (arXiv:1603.09382, eq. 4, of what is left out)."""
+    return (jnp.asarray(number, jnp.float32) + 1.0) * (last / count)
 
 
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

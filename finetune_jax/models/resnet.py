@@ -19,8 +19,10 @@ from finetune_jax.models.layers import (
     Compute,
     Conv,
     Linear,
+    depth_rate,
     max_pool,
     rematerialised,
+    surviving,
 )
 
 SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -107,13 +109,19 @@ class Block(nnx.Module):
         self.act = config.hidden_act
 
     def __call__(
-        self, x_BxHxWxC: jax.Array, weight_B: jax.Array | None, update_statistics: bool
+        self,
+        x_BxHxWxC: jax.Array,
+        weight_B: jax.Array | None,
+        update_statistics: bool,
+        factor_Bx1x1x1: jax.Array | None = None,
     ) -> jax.Array:
         residual_BxHxWxC = (
             self.shortcut(x_BxHxWxC, weight_B, update_statistics) if self.projects else x_BxHxWxC
         )
         for layer in self.layer:
             x_BxHxWxC = layer(x_BxHxWxC, weight_B, update_statistics)
+        if factor_Bx1x1x1 is not None:
+            x_BxHxWxC = x_BxHxWxC * factor_Bx1x1x1.astype(x_BxHxWxC.dtype)
         return ACTIVATIONS[self.act](x_BxHxWxC + residual_BxHxWxC)
 
 
@@ -171,7 +179,11 @@ class ResNet(nnx.Module):
         self.compute = compute
 
     def __call__(
-        self, pixel_values_BxHxWxC: jax.Array, weight_B: jax.Array | None, update_statistics: bool
+        self,
+        pixel_values_BxHxWxC: jax.Array,
+        weight_B: jax.Array | None,
+        update_statistics: bool,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         if pixel_values_BxHxWxC.shape[-1] != self.num_channels:
             raise UserError(
@@ -183,22 +195,33 @@ class ResNet(nnx.Module):
                 f"model.batch-norm-groups {groups} does not divide a micro-batch of {len(pixel_values_BxHxWxC)} images"
             )
         x_BxHxWxC = max_pool(self.embedder.embedder(pixel_values_BxHxWxC, weight_B, update_statistics))
-        for stage in self.encoder.stages:
-            for block in stage.layers:
-                x_BxHxWxC = self._through(block, x_BxHxWxC, weight_B, update_statistics)
+        blocks = [block for stage in self.encoder.stages for block in stage.layers]
+        last, factor = self.compute.stochastic_depth, None
+        for number, block in enumerate(blocks):
+            if key is not None and last:
+                rate = depth_rate(last, number, len(blocks))
+                factor = surviving(jax.random.fold_in(key, number), rate, (len(x_BxHxWxC), 1, 1, 1))
+            x_BxHxWxC = self._through(block, x_BxHxWxC, weight_B, update_statistics, factor)
         return jnp.mean(x_BxHxWxC.astype(jnp.float32), axis=(1, 2))
 
     def _through(
-        self, block: Block, x_BxHxWxC: jax.Array, weight_B: jax.Array | None, update_statistics: bool
+        self,
+        block: Block,
+        x_BxHxWxC: jax.Array,
+        weight_B: jax.Array | None,
+        update_statistics: bool,
+        factor_Bx1x1x1: jax.Array | None,
     ) -> jax.Array:
         """A block, as a pure function where the backward pass is to call it again."""
         if self.compute.remat == "none":
-            return block(x_BxHxWxC, weight_B, update_statistics)
+            return block(x_BxHxWxC, weight_B, update_statistics, factor_Bx1x1x1)
         graphdef, weights = nnx.split(block)
 
         def run(weights: nnx.State, x_BxHxWxC: jax.Array) -> tuple[jax.Array, nnx.State]:
             copy = nnx.merge(graphdef, weights, copy=True)
-            return copy(x_BxHxWxC, weight_B, update_statistics), nnx.state(copy, nnx.BatchStat)
+            return copy(x_BxHxWxC, weight_B, update_statistics, factor_Bx1x1x1), nnx.state(
+                copy, nnx.BatchStat
+            )
 
         x_BxHxWxC, statistics = rematerialised(run, self.compute.remat)(weights, x_BxHxWxC)
         nnx.update(block, statistics)
@@ -239,10 +262,15 @@ class ResNetForImageClassification(nnx.Module):
         return self.head(self.features(pixel_values_BxHxWxC, weight_B, update_statistics=update_statistics))
 
     def features(
-        self, pixel_values_BxHxWxC: jax.Array, weight_B: jax.Array | None = None, *, update_statistics: bool
+        self,
+        pixel_values_BxHxWxC: jax.Array,
+        weight_B: jax.Array | None = None,
+        *,
+        update_statistics: bool,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head reads, BxD: the mean over positions."""
-        return self.resnet(pixel_values_BxHxWxC, weight_B, update_statistics)
+        """What the head reads, BxD: the mean over positions. The key is for stochastic depth; None leaves no block out."""
+        return self.resnet(pixel_values_BxHxWxC, weight_B, update_statistics, dropout_key)
 
     def head(self, features_BxD: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """Logits, float32; a ResNet has no dropout."""

@@ -31,9 +31,17 @@ class HoulsbyOutput(Output):
         self.dense, self.LayerNorm, self.dropout_rate = base.dense, base.LayerNorm, base.dropout_rate
         _add(self, base.dense.kernel.shape[-1], width, act, base.dense.dtype, rngs)
 
-    def __call__(self, x_BxLxE: jax.Array, residual_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_BxLxE: jax.Array,
+        residual_BxLxD: jax.Array,
+        key: jax.Array | None,
+        factor_BxLx1: jax.Array | None = None,
+    ) -> jax.Array:
         x_BxLxD = dropout(self.dense(x_BxLxE, key), self.dropout_rate, key)
         x_BxLxD = x_BxLxD.astype(jnp.float32) + _through(self, x_BxLxD).astype(jnp.float32)
+        if factor_BxLx1 is not None:
+            x_BxLxD = x_BxLxD * factor_BxLx1
         return self.LayerNorm(x_BxLxD + residual_BxLxD.astype(jnp.float32))
 
 
@@ -42,11 +50,19 @@ class PfeifferOutput(HoulsbyOutput):
     arXiv:2005.00052, eq. 1), to be summed and normalised again.
     """
 
-    def __call__(self, x_BxLxE: jax.Array, residual_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_BxLxE: jax.Array,
+        residual_BxLxD: jax.Array,
+        key: jax.Array | None,
+        factor_BxLx1: jax.Array | None = None,
+    ) -> jax.Array:
         x_BxLxD = dropout(self.dense(x_BxLxE, key), self.dropout_rate, key).astype(jnp.float32)
         residual_BxLxD = residual_BxLxD.astype(jnp.float32)
         normal_BxLxD = self.LayerNorm(x_BxLxD + residual_BxLxD)
         x_BxLxD = x_BxLxD + _through(self, normal_BxLxD).astype(jnp.float32)
+        if factor_BxLx1 is not None:
+            x_BxLxD = x_BxLxD * factor_BxLx1
         return self.LayerNorm(x_BxLxD + residual_BxLxD)
 
 

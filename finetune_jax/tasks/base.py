@@ -20,6 +20,9 @@ LossSums = tuple[jax.Array, jax.Array]
 OFFSET = "offset"
 """Key of what a batch may hold besides: an array that is added to what the first layer reads (methods/perturbation.py)."""
 
+SHARE = "share"
+"""Another: how much of what is mixed is an example's own, the rest is its partner's (methods/mixing.py)."""
+
 
 class Records(Protocol):
     """A split of a data source, or the lines to predict on: random access, several at once, whole columns."""
@@ -88,8 +91,13 @@ class Task(abc.ABC):
         """(sum of weighted losses, sum of weights) over the batch, float32."""
 
     @abc.abstractmethod
-    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """How far two logits of a batch are apart, summed over what has a label; 0 where they are equal."""
+    def divergence(
+        self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array], *, one_way: bool = False
+    ) -> jax.Array:
+        """How far two logits of a batch are apart, summed over what has a label; 0 where they are equal.
+
+        With `one_way` how far the second is from the first, where that is not the same.
+        """
 
     @abc.abstractmethod
     def averaged(self, logits: Sequence[np.ndarray]) -> np.ndarray:
@@ -126,6 +134,7 @@ class ClassTask(Task):
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
+    asymmetric: tuple[float, float] = (0.0, 0.0)
 
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
         """Cross-entropy over what has a label: a segment, a piece or an image."""
@@ -136,12 +145,19 @@ class ClassTask(Task):
             self.class_weights,
             self.label_smoothing,
             self.focal_gamma,
+            self.asymmetric,
         )
 
-    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """KL divergence of the first from the second plus the other way round: sum of (p - q) (log p - log q)."""
+    def divergence(
+        self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array], *, one_way: bool = False
+    ) -> jax.Array:
+        """KL divergence of the first from the second plus the other way round: sum of (p - q) (log p - log q).
+
+        With `one_way` that of the first from the second only: sum of p (log p - log q).
+        """
         log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (one, two))
-        apart = jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), axis=-1)
+        difference = jnp.exp(log_p) if one_way else jnp.exp(log_p) - jnp.exp(log_q)
+        apart = jnp.sum(difference * (log_p - log_q), axis=-1)
         return jnp.sum(apart * batch["weights"])
 
     def averaged(self, logits: Sequence[np.ndarray]) -> np.ndarray:
@@ -171,6 +187,39 @@ class ClassTask(Task):
         return [class_prediction(self.labels, p) | e for p, e in zip(softmax(logits), extra, strict=True)]
 
 
+def partners(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """What the next example of the batch has, and for the last the first: those of weight 0 are passed over.
+
+    The order of an epoch is drawn anew each time, so that the next is anyone. Rows that are split over devices send one row to
+    their neighbour, and the first goes to all: a permutation would gather the batch. Empty rows at the end, as many as the
+    devices ask for, change nothing.
+
+    Args:
+        x: [B, ...], or [B, S, ...] where a row holds several.
+        weights: [B] or [B, S]: above 0 where there is an example, first in a row and in the batch.
+    """
+    if weights.ndim == 1:
+        return partners(x[:, None], weights[:, None])[:, 0]
+
+    def along(mask_BxS: jax.Array) -> jax.Array:
+        return mask_BxS.reshape(*mask_BxS.shape, *(1,) * (x.ndim - 2))
+
+    is_real = weights > 0
+    below = along(jnp.roll(is_real[:, :1], -1, 0).at[-1].set(False))
+    found = jnp.where(below, jnp.roll(x[:, :1], -1, 0), x[:1, :1])
+    if x.shape[1] == 1:
+        return found
+    return jnp.where(along(jnp.roll(is_real, -1, 1).at[:, -1].set(False)), jnp.roll(x, -1, 1), found)
+
+
+def mixed(x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Each example with its partner, float32, in the shares that the batch brings; as it is where it brings none."""
+    if SHARE not in batch:
+        return x
+    own = batch[SHARE]
+    return own * x.astype(jnp.float32) + (1.0 - own) * partners(x, batch["weights"]).astype(jnp.float32)
+
+
 def cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
@@ -178,6 +227,7 @@ def cross_entropy(
     class_weights: tuple[float, ...] | None = None,
     smoothing: float = 0.0,
     gamma: float = 0.0,
+    asymmetric: tuple[float, float] = (0.0, 0.0),
 ) -> LossSums:
     """Sums of softmax cross-entropy as torch.nn.CrossEntropyLoss defines it, with `weight` and `label_smoothing`.
 
@@ -188,6 +238,8 @@ def cross_entropy(
         class_weights: One a class; an example counts in the denominator with its true class's.
         smoothing: Mass moved to all classes evenly (Szegedy et al. 2016, section 7).
         gamma: A class of probability p counts (1 - p)^gamma (focal loss, Lin et al. 2017, arXiv:1708.02002, eq. 4).
+        asymmetric: The true class counts (1 - p)^first, any other p^second of the mass that smoothing gives it (Ridnik et al. 2020,
+            arXiv:2009.14119, eq. 4, on softmax probabilities, as their code has it for a single label).
     """
     num_labels = logits.shape[-1]
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
@@ -201,10 +253,18 @@ def cross_entropy(
     else:
         weight = weights
     if gamma:
-        # 1 - p, without the rounding of 1 - exp(log p) where p is near 1, whose power has a steep gradient there.
-        target = target * jnp.exp(gamma * jnp.log(jnp.maximum(-jnp.expm1(log_p), 1e-12)))
+        target = target * _power_of_rest(log_p, gamma)
+    if any(asymmetric):
+        is_true = labels[..., None] == jnp.arange(num_labels).reshape((1,) * labels.ndim + (num_labels,))
+        first, second = asymmetric
+        target = target * jnp.where(is_true, _power_of_rest(log_p, first), jnp.exp(second * log_p))
     losses = -jnp.sum(target * log_p, axis=-1)
     return jnp.sum(losses * weights), jnp.sum(weight)
+
+
+def _power_of_rest(log_p: jax.Array, exponent: float) -> jax.Array:
+    """(1 - p)^exponent, without the rounding of 1 - exp(log p) where p is near 1, whose power has a steep gradient there."""
+    return jnp.exp(exponent * jnp.log(jnp.maximum(-jnp.expm1(log_p), 1e-12)))
 
 
 def resolve_class_weights(

@@ -16,7 +16,7 @@ from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.pipeline import ImageExamples
 from finetune_jax.errors import UserError
 from finetune_jax.models.resnet import ResNetForImageClassification
-from finetune_jax.tasks.base import OFFSET, ClassTask, Records, text_field
+from finetune_jax.tasks.base import OFFSET, ClassTask, Records, mixed, text_field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,12 @@ class ImageClassification(ClassTask):
 
     def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """BxD"""
-        pixels = batch["pixels"]
+        pixels = mixed(batch["pixels"], batch)
         if OFFSET in batch:  # of pixels in [0, 1]
             pixels = pixels.astype(jnp.float32) + 255.0 * batch[OFFSET]
         pixels = self.processor.normalise(pixels)
         update = key is not None and self.batch_norm == "train"
-        return model.features(pixels, batch["weights"], update_statistics=update)
+        return model.features(pixels, batch["weights"], update_statistics=update, dropout_key=key)
 
     def varies(self, model_config: Any) -> list[str]:
         """Augmentation, and statistics of a batch."""

@@ -20,7 +20,7 @@ from finetune_jax.data.text import (
 )
 from finetune_jax.data.words import WordAugmentation
 from finetune_jax.models.bert import BertForSequenceClassification
-from finetune_jax.tasks.base import OFFSET, ClassTask, LossSums, Records, Task, text_field
+from finetune_jax.tasks.base import OFFSET, ClassTask, LossSums, Records, Task, mixed, text_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class SequenceTask(TextTask):
 
     def features(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> jax.Array:
         """BxSxD"""
-        return model.features(
+        features_BxSxD = model.features(
             batch["input_ids"],
             batch["token_type_ids"],
             batch["position_ids"],
@@ -97,6 +97,7 @@ class SequenceTask(TextTask):
             dropout_key=key,
             offset_BxLxD=batch.get(OFFSET),
         )
+        return mixed(features_BxSxD, batch)
 
     def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """`text`, or `text_a` and `text_b`."""
@@ -140,8 +141,11 @@ class SequenceRegression(SequenceTask):
         error = logits[..., 0].astype(jnp.float32) - batch["labels"].astype(jnp.float32)
         return jnp.sum(error**2 * batch["weights"]), jnp.sum(batch["weights"])
 
-    def divergence(self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Squared difference of the scores."""
+    def divergence(
+        self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array], *, one_way: bool = False
+    ) -> jax.Array:
+        """Squared difference of the scores, either way."""
+        del one_way
         apart = one[..., 0].astype(jnp.float32) - two[..., 0].astype(jnp.float32)
         return jnp.sum(apart**2 * batch["weights"])
 

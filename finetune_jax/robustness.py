@@ -1,0 +1,178 @@
+"""What is left of a classifier's accuracy where its input is made harder: by an adversary, and by slips as people make them."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from finetune_jax.config import Config
+from finetune_jax.data.noise import in_text, swap_words, typos, word_order
+from finetune_jax.errors import UserError
+from finetune_jax.evaluate import Evaluation, Opened, evaluate, evaluate_model, open_splits
+from finetune_jax.job import make_ball
+from finetune_jax.methods.objective import uphill
+from finetune_jax.methods.perturbation import Perturbation
+from finetune_jax.predict import Lines
+from finetune_jax.state import ModelParts
+from finetune_jax.step import DeviceBatch, StepSums
+from finetune_jax.tasks import Task
+from finetune_jax.tasks.base import OFFSET, ClassTask
+from finetune_jax.tree import Flat, unflatten
+
+RADIUS = {"bert": 1.0, "resnet": 8.0}
+"""How far an example may be moved where nothing is said: the L2 norm over its word vectors, levels of 255."""
+NOISE = {"typos": typos, "word_order": swap_words}
+TEXTS = ("text", "text_a", "text_b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Robustness:
+    """What to try."""
+
+    wanted: bool = False
+    radius: float | None = None
+    """How far an example may be moved, as `methods.radius`; None takes `RADIUS`."""
+    steps: int = 10
+    """Of pgd."""
+    rates: tuple[float, ...] = (0.1, 0.3)
+    """Text: shares of words with a typo, and of words that change places with the next."""
+    seed: int = 0
+    """Of that noise."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: A value is out of its range, or nothing asks for it.
+        """
+        if not self.wanted and self != Robustness():
+            raise UserError(
+                "--robustness-radius, -steps, -rates and -seed go with --robustness; say that too"
+            )
+        if self.radius is not None and not 0 < self.radius < float("inf"):
+            raise UserError(f"--robustness-radius is {self.radius}, must be above 0")
+        for name, value, low in (("steps", self.steps, 1), ("seed", self.seed, 0)):
+            if value < low:
+                raise UserError(f"--robustness-{name} is {value}, must be at least {low}")
+        for rate in self.rates:
+            if not 0 < rate <= 1:
+                raise UserError(f"--robustness-rates has {rate}, must be above 0 and at most 1")
+
+
+def evaluate_and_try(
+    models: Sequence[str], config: Config | None, split: str, step: str, options: Robustness
+) -> Evaluation:
+    """`evaluate_model`, and where the options want it its metrics with `robustness` besides, and a table of that.
+
+    The adversary knows the model and the labels, and moves each example for itself uphill in its loss: `fgm` by one step of the
+    radius, `pgd` by several from where the example is, without a random start, so that the batches change no figure (Goodfellow et
+    al. 2015, arXiv:1412.6572; Madry et al. 2018, arXiv:1706.06083). In a token task an example is a window of a sentence.
+
+    Args:
+        models: A run folder or a Hugging Face folder; several, where nothing is to be tried.
+        config: Says which data; None takes the run's own.
+        split: train, validation or test.
+        step: Of a run: best, latest or a number.
+        options: What to try.
+
+    Raises:
+        UserError: As `evaluate_model`; the task has no classes; an option is out of its range.
+    """
+    options.check()
+    if not options.wanted:
+        return evaluate_model(models, config, split, step)
+    if len(models) > 1:
+        raise UserError(f"--robustness is of one model, --model names {len(models)}; name one")
+    (model,) = models
+    opened = next(open_splits(models, config, split, step))
+    job = opened.job
+    if not isinstance(job.task, ClassTask):
+        raise UserError(
+            f"--robustness is the accuracy of classes; {model} gives a score; evaluate it without"
+        )
+    radius = RADIUS[job.family] if options.radius is None else options.radius
+    examples = opened.examples()
+    clean = evaluate(opened.forward(examples), job, examples, opened.weights)
+    names = ("accuracy", "f1") if job.task.metric == "f1" else ("accuracy",)
+    found: dict[str, Any] = {"radius": radius, "steps": options.steps}
+    rows = {"clean": {name: clean.metrics[name] for name in names}}
+    for name, steps, rate in (("fgm", 1, radius), ("pgd", options.steps, 2.5 * radius / options.steps)):
+        attack = make_attack(job.task, job.parts, make_ball(job, radius, rate), steps)
+        logits, _ = opened.forward(examples, attack).outputs(opened.weights)
+        figures, _ = job.task.metrics(logits, examples)
+        rows[name] = {metric: figures[metric] for metric in names}
+    found |= rows
+    if job.family == "bert":
+        found["seed"] = options.seed
+        for (name, rate), figures in under_noise(opened, options).items():
+            found.setdefault(name, {})[f"{rate:g}"] = {metric: figures[metric] for metric in names}
+            rows[f"{name.replace('_', ' ')} {rate:g}"] = found[name][f"{rate:g}"]
+    return dataclasses.replace(
+        clean,
+        metrics=clean.metrics | {"robustness": found},
+        report=f"{clean.report}\n{table(rows, f'{radius:g}', options.steps)}",
+    )
+
+
+def make_attack(
+    task: Task, parts: ModelParts, ball: Perturbation, steps: int
+) -> Callable[[Flat, DeviceBatch], tuple[jax.Array, StepSums]]:
+    """(weights, batch) -> (logits, loss sums) where so many steps uphill from each example lead, in evaluation mode."""
+
+    def forward(weights: Flat, batch: DeviceBatch) -> tuple[jax.Array, StepSums]:
+        def run(key: jax.Array, offset: jax.Array | None = None, **_: Any) -> tuple[jax.Array, Flat]:
+            del key  # an evaluation has no dropout
+            model = nnx.merge(parts.graphdef, unflatten(weights), copy=True)
+            return task.logits(model, batch if offset is None else {**batch, OFFSET: offset}, None), {}
+
+        key = jax.random.key(0)
+
+        def climb(_: Any, offset: jax.Array) -> jax.Array:
+            return ball.ascend(offset, uphill(task, run, batch, key, offset), batch)
+
+        logits, _ = run(key, jax.lax.fori_loop(0, steps, climb, ball.start(batch, None)))
+        return logits, {"loss": task.loss(logits, batch)}
+
+    return forward
+
+
+def under_noise(opened: Opened, options: Robustness) -> dict[tuple[str, float], dict[str, Any]]:
+    """Metrics of the split by kind and rate of noise. All go through the model as one split: a single program is compiled."""
+    job = opened.job
+    clean = list(opened.records)
+    kinds = list(itertools.product(NOISE, options.rates))
+    noisy = [[with_noise(record, name, rate, options.seed) for record in clean] for name, rate in kinds]
+    splits = [job.task.examples(Lines(records), train=False) for records in noisy]
+    together = job.task.examples(Lines(itertools.chain.from_iterable(noisy)), train=False)
+    logits, _ = opened.forward(together).outputs(opened.weights)
+    found, begin = {}, 0
+    for kind, examples in zip(kinds, splits, strict=True):
+        end = begin + examples.outputs
+        found[kind], _ = job.task.metrics(logits[begin:end], examples)
+        begin = end
+    return found
+
+
+def with_noise(record: Mapping[str, Any], kind: str, rate: float, seed: int) -> dict[str, Any]:
+    """A record with typos, or with words in another order; tags go with their words."""
+    if "tokens" not in record:
+        changed = {n: in_text(record[n], rate, seed, NOISE[kind]) for n in TEXTS if n in record}
+        return {**record, **changed}
+    words = list(record["tokens"])
+    if kind == "typos":
+        return {**record, "tokens": typos(words, rate, seed)}
+    order = word_order(words, rate, seed)
+    return {**record, **{name: [record[name][index] for index in order] for name in ("tokens", "tags")}}
+
+
+def table(rows: Mapping[str, Mapping[str, float]], radius: str, steps: int) -> str:
+    """A line for what was tried."""
+    more = {"fgm": f", radius {radius}", "pgd": f", radius {radius}, {steps} steps"}
+    titles = {name: name + more.get(name, "") for name in rows}
+    width, metrics = max(map(len, titles.values())), list(rows["clean"])
+    lines = ["robustness", "", f"{'':>{width}} " + " ".join(f"{name:>9}" for name in metrics)]
+    for name, figures in rows.items():
+        lines.append(f"{titles[name]:>{width}} " + " ".join(f"{figures[n]:>9.4f}" for n in metrics))
+    return "\n".join(lines) + "\n"
