@@ -643,9 +643,11 @@ def _check_augmentation(config: Config) -> None:
         raise UserError(
             f"data.text is for words, task {task} has none; leave its fields out, or see data.image"
         )
-    if config.model.family != "resnet" and image != ImageConfig():
+    varying = ("augment", "policy", "operations", "magnitude", "brightness", "contrast", "saturation", "hue")
+    given = [n for n in (*varying, "erasing", "erasing_fill") if getattr(image, n) != getattr(ImageConfig, n)]
+    if config.model.family != "resnet" and given:
         raise UserError(
-            f"data.image is for pixels, task {task} has none; leave its fields out, or see data.text"
+            f"data.image.{given[0].replace('_', '-')} is for pixels, task {task} has none; leave it out, or see data.text"
         )
     if image.policy != "randaugment" and (image.operations, image.magnitude) != (2, 9.0):
         raise UserError(

@@ -212,6 +212,17 @@ def test_a_step_of_images_agrees_with_torchs_and_is_written(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_cost_of_augmentation():
+    words = ["--config", ROOT / "configs/digits_resnet.py", "--batches", 2, "--rounds", 1]
+    rows = [line for line in run("augmentation.py", *words).splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[1:4]] == [
+        "| as it is",
+        "| policy randaugment",
+        "| policy trivialaugment",
+    ]
+
+
+@pytest.mark.slow
 @WITH_MINILM
 def test_predictions_agree_with_the_pipelines_and_input_is_read(tmp_path):
     data, page = tmp_path / "sst2", tmp_path / "page.md"

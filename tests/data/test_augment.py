@@ -404,7 +404,9 @@ def test_wrong_knobs_are_one_line(change, message):
 
 def test_knobs_for_pixels_are_refused_in_a_text_task():
     config = replace(Config(), data=replace(Config().data, image=ImageConfig(erasing=0.2)))
-    with pytest.raises(UserError, match=r"data\.image is for pixels, task sequence_classification has none"):
+    with pytest.raises(
+        UserError, match=r"data\.image\.erasing is for pixels, task sequence_classification has none"
+    ):
         validate(config)
 
 
