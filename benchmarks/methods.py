@@ -15,6 +15,7 @@ times steps instead: rows in turns with the plain one, alone on the machine, for
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,6 @@ class TaskRow:
     words: tuple[str, ...]
     folder: str
     """In the data."""
-    is_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Row:
     rate: float = 1.0
     """Learning rate over that of full fine-tuning."""
     tasks: tuple[str, ...] = ("wnut17", "sst2, 1,000", "sst2", "banking77, 10-shot")
+    is_attacked: bool = False
+    """Also evaluated under attack, where the task is."""
 
 
 LAST = ("--evaluation.every-steps", "1000000")
@@ -81,14 +83,22 @@ TASKS = {
         0.1,
         ("--data.max-train-examples", "5000", "--train.epochs", "12", *LAST),
         "cifar10",
-        is_text=False,
     ),
 }
 EVERYWHERE = tuple(TASKS)
-CLASSES = ("sst2, 1,000", "sst2", "banking77, 10-shot")
+WITHOUT_TAGS = ("sst2, 1,000", "sst2", "banking77, 10-shot")
 IMAGES = ("cifar10, 5,000",)
+ATTACKED = ("sst2, 1,000", "sst2", "cifar10, 5,000")
+"""Tasks on which rows that are about attacks are evaluated under them too."""
+
+
+def adversarial(kind: str, *words: str) -> tuple[str, ...]:
+    """Words of an adversarial method."""
+    return "--methods.adversarial", kind, *words
+
+
 ROWS = {
-    PLAIN: Row((), tasks=EVERYWHERE),
+    PLAIN: Row((), tasks=EVERYWHERE, is_attacked=True),
     "LoRA, rank 8": Row(("--peft.method", "lora"), 10),
     "LoRA, rank 8, all layers": Row(
         ("--peft.method", "lora", "--peft.targets", r"layer/\d+/.*(query|key|value|dense)$"), 5
@@ -102,19 +112,33 @@ ROWS = {
     "prefix, re-parametrised": Row(("--peft.method", "prefix", "--peft.prefix-hidden", "128"), 10),
     "prompt": Row(("--peft.method", "prompt"), 30),
     "biases (BitFit)": Row(("--model.train", "bias"), 10),
-    "LayerNorm": Row(("--model.train", "norm"), 10),
+    "normalisation": Row(("--model.train", "norm"), 10),
     "head (linear probe)": Row(("--model.train", "head"), 30),
     "layer decay 0.8": Row(("--optim.layer-decay", "0.8")),
     "gradual unfreezing": Row(("--optim.unfreeze-every", "10")),
+    "last layer anew": Row(("--model.reinit-layers", "1")),
     "R-Drop 1": Row(("--methods.r-drop", "1")),
-    "FGM": Row(("--methods.adversarial", "fgm")),
-    "PGD": Row(("--methods.adversarial", "pgd")),
-    "FreeLB": Row(("--methods.adversarial", "freelb")),
     "NEFTune 5": Row(("--methods.neftune", "5")),
+    "FGM": Row(adversarial("fgm"), is_attacked=True),
+    "PGD": Row(adversarial("pgd"), is_attacked=True),
+    "FreeLB": Row(adversarial("freelb"), is_attacked=True),
+    "SMART": Row(adversarial("smart"), is_attacked=True),
+    "VAT": Row(adversarial("vat"), is_attacked=True),
+    "FGSM, 8 levels": Row(adversarial("fgm", "--methods.radius", "8"), tasks=IMAGES, is_attacked=True),
+    "PGD, 8 levels": Row(adversarial("pgd", "--methods.radius", "8"), tasks=IMAGES, is_attacked=True),
     "SAM 0.05": Row(("--methods.sam", "0.05"), tasks=EVERYWHERE),
     "EMA 0.99": Row(("--methods.ema", "0.99"), tasks=EVERYWHERE),
+    "SWA from 0.75": Row(("--methods.swa", "0.75"), tasks=EVERYWHERE),
     "label smoothing 0.1": Row(("--task.label-smoothing", "0.1"), tasks=EVERYWHERE),
-    "last layer anew": Row(("--model.reinit-layers", "1")),
+    "focal loss 2": Row(("--task.focal-gamma", "2"), tasks=EVERYWHERE),
+    "stochastic depth 0.1": Row(("--model.stochastic-depth", "0.1"), tasks=EVERYWHERE),
+    "mixup 0.2": Row(("--methods.mixup", "0.2"), tasks=(*WITHOUT_TAGS, *IMAGES)),
+    "CutMix 1": Row(("--methods.cutmix", "1"), tasks=IMAGES),
+    "words dropped, 0.1": Row(("--data.text.word-dropout", "0.1")),
+    "words swapped, 0.1": Row(("--data.text.word-swap", "0.1")),
+    "RandAugment": Row(("--data.image.policy", "randaugment"), tasks=IMAGES),
+    "TrivialAugment": Row(("--data.image.policy", "trivialaugment"), tasks=IMAGES),
+    "erasing 0.25": Row(("--data.image.erasing", "0.25"), tasks=IMAGES),
 }
 
 
@@ -197,31 +221,24 @@ def place_of(args: Arguments, task: str, scratch: Path) -> str:
     return str(folder)
 
 
-def train(words: list[str], folder: Path, cores: list[int]) -> dict[str, Any]:
-    """result.json of a run.
+def command(words: list[str], cores: list[int]) -> str:
+    """Standard output of a finetune-jax command on these cores.
 
     Raises:
         SystemExit: It fails.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "finetune_jax",
-        "train",
-        "--workdir",
-        str(folder),
-        "--train.no-tensorboard",
-        *words,
-    ]
+    whole = [sys.executable, "-m", "finetune_jax", *words]
     made = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        whole, capture_output=True, text=True, check=False, preexec_fn=lambda: os.sched_setaffinity(0, cores)
     )
     if made.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{made.stderr[-3000:]}")
+        raise SystemExit(f"{' '.join(whole)}\n{made.stderr[-3000:]}")
+    return made.stdout
+
+
+def train(words: list[str], folder: Path, cores: list[int]) -> dict[str, Any]:
+    """result.json of a run."""
+    command(["train", "--workdir", str(folder), "--train.no-tensorboard", *words], cores)
     return json.loads((folder / "result.json").read_text("utf-8"))
 
 
@@ -230,14 +247,18 @@ def run(args: Arguments, scratch: Path, task: str, row: str, seed: int, cores: l
     folder = scratch / f"{TASKS[task].folder}-{abs(hash((task, row, seed)))}"
     words = words_of(args, task, row, seed)
     result = train([*words, "--data.path", place_of(args, task, scratch)], folder, cores)
-    subprocess.run(["rm", "-r", str(folder)], check=True)
-    score = result["metrics"]["test"][TASKS[task].metric]
-    return {
+    entry = {
         "run": key_of(task, row, seed),
-        "score": score,
+        "score": result["metrics"]["test"][TASKS[task].metric],
         **result["parameters"],
         "seconds": result["train_seconds"],
     }
+    if ROWS[row].is_attacked and task in ATTACKED:
+        said = command(["evaluate", "--model", str(folder), "--robustness"], cores)
+        found = json.loads(said)["robustness"]
+        entry["attacked"] = {name: found[name]["accuracy"] for name in ("clean", "fgm", "pgd")}
+    shutil.rmtree(folder)
+    return entry
 
 
 def todo(args: Arguments, known: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
@@ -321,14 +342,8 @@ def table(args: Arguments) -> list[str]:
         cells, shares = [], []
         for task in TASKS:
             found = [known[k] for seed in args.seeds if (k := key_of(task, row, seed)) in known]
-            scores = [100 * entry["score"] for entry in found]
             shares += [100 * entry["trained"] / entry["total"] for entry in found if task.startswith("sst2")]
-            cell = f"{statistics.fmean(scores):.2f}" if scores else "-"
-            if len(scores) > 1:
-                cell += f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.2f}"
-            if 0 < len(scores) < len(args.seeds):
-                cell += f" ({len(scores)})"
-            cells.append(cell)
+            cells.append(spread([100 * entry["score"] for entry in found], args))
         timing = known.get(f"timing | {row}", {})
         cost = [f"{timing[name]:.2f}" if name in timing else "-" for name in ("step", "memory")]
         said = " ".join(way.words).replace("|", "\\|")
@@ -340,6 +355,38 @@ def table(args: Arguments) -> list[str]:
     return lines
 
 
+def attack_table(args: Arguments) -> list[str]:
+    """Accuracy under attack of the rows that are about it."""
+    known = read(args.results)
+    lines = [
+        f"| way | {' | '.join(f'{task}: {name}' for task in ATTACKED for name in ('clean', 'FGM', 'PGD'))} |",
+        "|---" * (1 + 3 * len(ATTACKED)) + "|",
+    ]
+    for row, way in ROWS.items():
+        cells = []
+        for task in ATTACKED:
+            found = [
+                known[k].get("attacked") for seed in args.seeds if (k := key_of(task, row, seed)) in known
+            ]
+            cells += [
+                spread([100 * entry[name] for entry in found if entry], args)
+                for name in ("clean", "fgm", "pgd")
+            ]
+        if way.is_attacked and any(cell != "-" for cell in cells):
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: list[float], args: Arguments) -> str:
+    """Mean, its standard error, and the number of seeds where some are missing."""
+    if not values:
+        return "-"
+    text = f"{statistics.fmean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
+    return text + (f" ({len(values)})" if len(values) < len(args.seeds) else "")
+
+
 def main(args: Arguments) -> None:
     """Runs what is missing, then prints the table."""
     for name, known in (("rows", ROWS), ("tasks", TASKS)):
@@ -348,7 +395,7 @@ def main(args: Arguments) -> None:
             raise SystemExit(f"--{name} {unknown[0]!r} is not among {', '.join(known)}")
     if not args.show:
         time_all(args) if args.timing else run_all(args)
-    lines = table(args)
+    lines = [*table(args), "", *attack_table(args)]
     print("\n".join(lines))
     if args.write is not None:
         put(args.write, "methods", "\n".join(lines) + "\n")
