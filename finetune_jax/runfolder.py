@@ -42,6 +42,8 @@ FREE_TO_CHANGE = (
 # Those that --allow-change may name: the state and the order of examples stay what they were.
 MAY_CHANGE = (
     "data.path",
+    "data.text.masked_lm",
+    "data.text.paraphrase",
     "evaluation.",
     "model.pretrained",
     "optim.learning_rate",

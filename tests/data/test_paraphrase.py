@@ -80,13 +80,21 @@ def test_the_training_split_is_twice_as_long(functions, tmp_path):
     assert again.source.fingerprint != setup.source.fingerprint
 
 
-def test_a_run_does_not_go_on_with_other_paraphrases(functions, tmp_path, capsys):
+def test_a_run_goes_on_from_another_file_but_not_with_other_paraphrases(functions, tmp_path):
     config = with_function(config_of("text", tmp_path, steps=2), f"{functions}:shout")
+    run, devices = tmp_path / "run", jax.devices()[:1]
     with pytest.raises(loop.Stopped):
-        loop.train(config, tmp_path / "run", devices=jax.devices()[:1], stop_at=1)
+        loop.train(config, run, devices=devices, stop_at=1)
     functions.write_text(FUNCTIONS.replace("red red", "green"))
     with pytest.raises(UserError, match="data"):
-        loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
+        loop.train(config, run, devices=devices)
+    moved = functions.with_name("moved.py")
+    moved.write_text(FUNCTIONS)
+    config = with_function(config, f"{moved}:shout")
+    with pytest.raises(UserError, match=r"or say --allow-change data\.text\.paraphrase"):
+        loop.train(config, run, devices=devices)
+    result = loop.train(config, run, devices=devices, allow_change=["data.text.paraphrase"])
+    assert result["steps"] == 2
 
 
 def test_both_texts_of_a_pair_are_paraphrased(functions, tmp_path):
