@@ -78,11 +78,13 @@ class Evaluate:
     robustness: bool = False
     """Also the accuracy where an adversary moves word vectors or pixels (fgm, pgd), and of text with typos and with words in another order."""
     robustness_radius: float | None = None
-    """How far an example may be moved: L2 norm over its word vectors (1 where nothing is said), or levels of 255 of each pixel value (8)."""
+    """How far an example may be moved: L2 norm over its word vectors (0.1 where nothing is said), or levels of 255 of each pixel value (8)."""
     robustness_steps: int = 10
     """Of pgd."""
     robustness_rates: tuple[float, ...] = (0.1, 0.3)
     """Text: shares of words with a typo, and of words that change places with the next."""
+    robustness_masked_lm: str | None = None
+    """Text: a BertForMaskedLM; as many words are replaced by what it finds likely."""
     robustness_seed: int = 0
     """Of that noise."""
     output: str = "-"
@@ -100,6 +102,7 @@ class Evaluate:
             self.robustness_steps,
             self.robustness_rates,
             self.robustness_seed,
+            self.robustness_masked_lm,
         )
         config = self.overrides if known else None
         result = evaluate_and_try(self.model, config, self.split, self.step, options)

@@ -18,12 +18,17 @@ from finetune_jax.methods.perturbation import Perturbation
 from finetune_jax.predict import Lines
 from finetune_jax.state import ModelParts
 from finetune_jax.step import DeviceBatch, StepSums
+from finetune_jax.synonyms import replaced_once
 from finetune_jax.tasks import Task
 from finetune_jax.tasks.base import OFFSET, ClassTask
 from finetune_jax.tree import Flat, unflatten
 
-RADIUS = {"bert": 1.0, "resnet": 8.0}
-"""How far an example may be moved where nothing is said: the L2 norm over its word vectors, levels of 255."""
+RADIUS = {"bert": 0.1, "resnet": 8.0}
+"""How far an example may be moved where nothing is said: the L2 norm over its word vectors, levels of 255.
+
+At 1, with which `methods.radius` begins, little is left to tell models apart: of a MiniLM after 60 updates on sst2, 82.9 % right on
+validation, pgd left 0.2 % (4 steps), and at 0.2 26.9 % (3 steps).
+"""
 NOISE = {"typos": typos, "word_order": swap_words}
 TEXTS = ("text", "text_a", "text_b")
 
@@ -41,6 +46,8 @@ class Robustness:
     """Text: shares of words with a typo, and of words that change places with the next."""
     seed: int = 0
     """Of that noise."""
+    masked_lm: str | None = None
+    """Text: a BertForMaskedLM by which so many words are replaced besides, as `data.text.masked_lm`."""
 
     def check(self) -> None:
         """
@@ -49,7 +56,7 @@ class Robustness:
         """
         if not self.wanted and self != Robustness():
             raise UserError(
-                "--robustness-radius, -steps, -rates and -seed go with --robustness; say that too"
+                "--robustness-radius, -steps, -rates, -seed and -masked-lm go with --robustness; say that too"
             )
         if self.radius is not None and not 0 < self.radius < float("inf"):
             raise UserError(f"--robustness-radius is {self.radius}, must be above 0")
@@ -92,6 +99,10 @@ def evaluate_and_try(
         raise UserError(
             f"--robustness is the accuracy of classes; {model} gives a score; evaluate it without"
         )
+    if options.masked_lm is not None and (job.family != "bert" or job.peft.method == "prompt"):
+        raise UserError(
+            f"--robustness-masked-lm replaces words of texts; {model} reads pixels or virtual tokens; leave it out"
+        )
     radius = RADIUS[job.family] if options.radius is None else options.radius
     examples = opened.examples()
     clean = evaluate(opened.forward(examples), job, examples, opened.weights)
@@ -106,7 +117,8 @@ def evaluate_and_try(
     found |= rows
     if job.family == "bert":
         found["seed"] = options.seed
-        for (name, rate), figures in under_noise(opened, options).items():
+        noisy = under_noise(opened, options) | under_synonyms(opened, examples, options)
+        for (name, rate), figures in noisy.items():
             found.setdefault(name, {})[f"{rate:g}"] = {metric: figures[metric] for metric in names}
             rows[f"{name.replace('_', ' ')} {rate:g}"] = found[name][f"{rate:g}"]
     return dataclasses.replace(
@@ -152,6 +164,23 @@ def under_noise(opened: Opened, options: Robustness) -> dict[tuple[str, float], 
         end = begin + examples.outputs
         found[kind], _ = job.task.metrics(logits[begin:end], examples)
         begin = end
+    return found
+
+
+def under_synonyms(
+    opened: Opened, examples: Any, options: Robustness
+) -> dict[tuple[str, float], dict[str, Any]]:
+    """The same where words are replaced by what a masked LM finds likely in their place; nothing where none is named."""
+    if options.masked_lm is None:
+        return {}
+    job, found = opened.job, {}
+    here = [device for device in job.mesh.devices.flat if device.process_index == jax.process_index()]
+    for rate in options.rates:
+        changed = replaced_once(
+            opened.config, job.task, examples, rate, options.masked_lm, options.seed, here
+        )
+        logits, _ = opened.forward(changed).outputs(opened.weights)
+        found["synonyms", rate], _ = job.task.metrics(logits, changed)
     return found
 
 

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from finetune_jax.config import Config, MeshConfig
+from finetune_jax.config import Config, MeshConfig, TextConfig
 from finetune_jax.data.cache import made_once
 from finetune_jax.data.packing import positions
 from finetune_jax.data.pipeline import Batches, evaluation_shape
 from finetune_jax.data.sources import Source, cache_root
 from finetune_jax.data.text import TextFeatures, TextTokenizer, load_tokenizer
-from finetune_jax.data.words import Vocabulary, find_words
+from finetune_jax.data.words import Vocabulary, WordAugmentation, find_words
 from finetune_jax.errors import UserError
 from finetune_jax.hf.files import WEIGHTS, Tensors
 from finetune_jax.hf.pretrained import Checkpoint, load_params, open_checkpoint, parse_config
@@ -109,6 +109,41 @@ def with_synonyms(config: Config, task: Task, features: TextFeatures, devices: D
     candidates_Pxk = np.load(folder / "candidates.npy", mmap_mode="r" if len(wanted) else None)
     varied = dataclasses.replace(augmentation, candidates=candidates_Pxk)
     return dataclasses.replace(features, augmentation=varied)
+
+
+def replaced_once(
+    config: Config,
+    task: Task,
+    features: TextFeatures,
+    rate: float,
+    masked_lm: str,
+    seed: int,
+    devices: Devices,
+) -> TextFeatures:
+    """Any split with a share of its words replaced for good, as `data.text.synonyms` replaces those of training.
+
+    Args:
+        config: Says how texts are read.
+        task: On text.
+        features: Of the split.
+        rate: Share of the words of one piece.
+        masked_lm: What says which entries fit.
+        seed: Of which words, and by what.
+        devices: Of this process.
+
+    Raises:
+        UserError: As `with_synonyms`.
+    """
+    assert isinstance(task, TextTask)
+    text = TextConfig(synonyms=rate, masked_lm=masked_lm)
+    tokenizer = task.tokenizer
+    vocabulary = Vocabulary.of(tokenizer.backend, tokenizer.unknown_id, task.virtual_ids.stop)
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, text=text))
+    varied = dataclasses.replace(features, augmentation=WordAugmentation(text, vocabulary, seed))
+    varied = with_synonyms(own, task, varied, devices)
+    assert varied.augmentation is not None
+    ids, _ = varied.augmentation(varied.all_pieces(), 0)
+    return dataclasses.replace(features, input_ids=ids)
 
 
 def fingerprinted(source: Source, features: TextFeatures) -> Source:

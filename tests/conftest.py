@@ -29,3 +29,22 @@ def _cache_outside_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_JAX_CACHE", str(cache))
         yield
+
+
+@pytest.fixture(scope="module")
+def masked_lm(tmp_path_factory):
+    """(a tiny BertForMaskedLM of transformers, its folder)."""
+    import torch
+    import transformers
+
+    from tests import tiny
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**tiny.FIELDS, "initializer_range": 0.5})
+    model = transformers.BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        model.cls.predictions.bias.add_(torch.randn_like(model.cls.predictions.bias))
+    folder = tmp_path_factory.mktemp("masked_lm")
+    model.save_pretrained(folder)
+    tiny.write_vocab(folder)
+    return model, folder

@@ -13,11 +13,12 @@ from flax import nnx
 from finetune_jax import cli
 from finetune_jax import train as loop
 from finetune_jax.data.noise import in_text, swap_words, typos
-from finetune_jax.evaluate import open_split
+from finetune_jax.evaluate import open_splits
 from finetune_jax.export import export
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
 from finetune_jax.predict import Lines
 from finetune_jax.robustness import Robustness, make_attack, under_noise, with_noise
+from finetune_jax.synonyms import replaced_once
 from finetune_jax.tree import unflatten
 from tests.tiny import config_of
 
@@ -29,6 +30,10 @@ def call(*words):
     with pytest.raises(SystemExit) as stop:
         cli.main([str(word) for word in words])
     return stop.value.code
+
+
+def next_split(run, *rest):
+    return next(open_splits([run], *rest))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def runs(tmp_path_factory):
 
 def test_an_attack_on_packed_rows_is_that_on_each_example_alone(runs):
     """Logits after one step and after several, however the examples lie; the step has the length of the radius."""
-    opened = open_split(str(runs("text")), None, "test")
+    opened = next_split(str(runs("text")), None, "test")
     data = replace(opened.config.data, batching="padded")
     alone = replace(opened, config=replace(opened.config, data=data))
     examples = opened.job.task.examples(opened.records, train=False)
@@ -69,7 +74,7 @@ def test_an_attack_on_packed_rows_is_that_on_each_example_alone(runs):
 
 def test_fgsm_by_hand(runs):
     """Pixels by the sign of the gradient of an image's own loss, within the image."""
-    opened = open_split(str(runs("image")), None, "test")
+    opened = next_split(str(runs("image")), None, "test")
     task: Any = opened.job.task
     examples = task.examples(opened.records, train=False)
     attack = make_attack(task, opened.job.parts, PixelOffsets(8 / 255, 8 / 255), 1)
@@ -95,7 +100,7 @@ def test_fgsm_by_hand(runs):
 
 
 def test_noise_goes_with_the_records(runs):
-    opened = open_split(str(runs("token")), None, "test")
+    opened = next_split(str(runs("token")), None, "test")
     record = {"tokens": ["ann", "sat", "in", "rome", "to"], "tags": [1, 0, 0, 2, 0]}
     swapped = with_noise(record, "word_order", 1.0, 0)
     assert swapped["tokens"] == ["sat", "ann", "rome", "in", "to"]
@@ -154,7 +159,7 @@ def test_entities_have_their_own_figure_and_images_no_noise(runs, capsys):
     assert call("evaluate", "--model", runs("token"), "--robustness", "--robustness-rates", "0.5") == 0
     robust = json.loads(capsys.readouterr().out)["robustness"]
     assert set(robust["typos"]["0.5"]) == set(robust["pgd"]) == {"accuracy", "f1"}
-    assert robust["radius"] == 1.0
+    assert robust["radius"] == 0.1
     words = ["--robustness", "--robustness-steps", "2", "--robustness-radius", "120"]
     assert call("evaluate", "--model", runs("image"), *words) == 0
     robust = json.loads(capsys.readouterr().out)["robustness"]
@@ -165,7 +170,7 @@ def test_entities_have_their_own_figure_and_images_no_noise(runs, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--robustness-seed", 3), "--robustness-radius, -steps, -rates and -seed go with --robustness; say that too"),
+        (("--robustness-seed", 3), "--robustness-radius, -steps, -rates, -seed and -masked-lm go with --robustness; say that too"),
         (("--robustness", "--robustness-radius", 0), "--robustness-radius is 0.0, must be above 0"),
         (("--robustness", "--robustness-steps", 0), "--robustness-steps is 0, must be at least 1"),
         (("--robustness", "--robustness-rates", 1.5), "--robustness-rates has 1.5, must be above 0 and at most 1"),
@@ -174,3 +179,24 @@ def test_entities_have_their_own_figure_and_images_no_noise(runs, capsys):
 def test_wrong_options_are_one_line(words, message, tmp_path, capsys):
     assert call("evaluate", "--model", tmp_path, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_words_are_replaced_by_what_a_masked_lm_finds(runs, masked_lm, capsys):
+    """The share of words that the rate says, none of them special, each by one of its candidates."""
+    opened = next_split(str(runs("text")), None, "test")
+    examples = opened.examples()
+    device = jax.devices()[:1]
+    changed = replaced_once(opened.config, opened.job.task, examples, 1.0, str(masked_lm[1]), 3, device)
+    same = np.asarray(changed.input_ids) == np.asarray(examples.input_ids)
+    special = np.asarray(examples.input_ids) < 5
+    assert same[special].all()
+    assert not same[~special].any()
+    assert (np.asarray(changed.input_ids)[~special] >= 5).all()
+    half = replaced_once(opened.config, opened.job.task, examples, 0.5, str(masked_lm[1]), 3, device)
+    assert 0.3 < (np.asarray(half.input_ids) != np.asarray(examples.input_ids))[~special].mean() < 0.7
+    words = ["--robustness", "--robustness-steps", "1", "--robustness-rates", "0.5"]
+    run = runs("text")
+    assert call("evaluate", "--model", run, *words, "--robustness-masked-lm", masked_lm[1]) == 0
+    found = json.loads(capsys.readouterr().out)["robustness"]
+    assert set(found["synonyms"]) == {"0.5"}
+    assert 0 <= found["synonyms"]["0.5"]["accuracy"] <= 1

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from finetune_jax import synonyms
 from finetune_jax import train as loop
@@ -20,20 +19,6 @@ from tests.tiny import assert_same_bits, config_of, saved
 
 replace = dataclasses.replace
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
-
-
-@pytest.fixture(scope="module")
-def masked_lm(tmp_path_factory):
-    """(HF model, its folder)."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**{**tiny.FIELDS, "initializer_range": 0.5})
-    model = transformers.BertForMaskedLM(config).eval()
-    with torch.no_grad():
-        model.cls.predictions.bias.add_(torch.randn_like(model.cls.predictions.bias))
-    folder = tmp_path_factory.mktemp("masked_lm")
-    model.save_pretrained(folder)
-    tiny.write_vocab(folder)
-    return model, folder
 
 
 def with_masked_lm(config, folder, count=4, **text):
