@@ -21,7 +21,7 @@ FLOORS = [
     },
     {"data", "hf", "optim", "peft", "sharding"},
     {"tasks", "state", "kernels", "methods"},
-    {"step", "checkpoint", "job", "synonyms"},
+    {"step", "checkpoint", "job", "opening", "synonyms"},
     {
         "runfolder",
         "evaluate",
