@@ -149,11 +149,13 @@ class Predict:
                 self.input, output, lambda rows, at: predict_by_adapter(adapted, rows, places=at, **options)
             )
         else:
+            opened = members(models, step=self.step)
+            first = [next(opened)]  # before the input is read: a wrong model is said at once
             predict_file(
                 self.input,
                 output,
                 lambda rows, at: predict_together(
-                    members(models, step=self.step), rows, places=at, **options
+                    itertools.chain((first.pop(),), opened), rows, places=at, **options
                 ),
             )
         return 0

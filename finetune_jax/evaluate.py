@@ -207,6 +207,7 @@ def evaluate_model(
         if len(models) == 1:
             return evaluate(forward, opened.job, examples, opened.weights)
         found.append((opened.job, examples, forward.outputs(opened.weights)[0]))
+        del opened  # before the next model's weights are placed
     job, examples, _ = found[0]
     logits = averaged(job, [values for _, _, values in found])
     labels = np.asarray(examples.labels)

@@ -111,6 +111,7 @@ def predict_together(
         examples = job.task.examples(lines, train=False)
         values, _ = Forward(job, examples, batch_size, "packed").outputs(weights)
         found.append((job, examples, lines, values))
+        del weights  # before the next model's are placed
     job, examples, lines, _ = found[0]
     return job.task.predictions(averaged(job, [entry[3] for entry in found]), examples, lines, logits)
 

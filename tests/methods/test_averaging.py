@@ -11,7 +11,7 @@ import pytest
 
 from finetune_jax import train as loop
 from finetune_jax.config import CheckpointConfig, MethodsConfig
-from finetune_jax.job import open_model
+from finetune_jax.opening import open_model
 from finetune_jax.step import Updates, moved_averages
 from tests import tiny
 from tests.tiny import assert_same_bits, config_of, rows, saved, without_evaluation
