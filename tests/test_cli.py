@@ -218,7 +218,7 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
     [
         (
             ["trian"],
-            "there is no command trian; commands are train, evaluate, predict, export, checkpoint, plan, doctor; did you mean train?",
+            "there is no command trian; commands are train, evaluate, predict, export, sweep, range-test, soup, checkpoint, plan, doctor; did you mean train?",
         ),
         (["train", "--workdir", "x", "--config", "configs/no.py"], "configs/no.py does not exist"),
         (["train"], "workdir"),
