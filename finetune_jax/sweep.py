@@ -14,6 +14,7 @@ from finetune_jax import metrics
 from finetune_jax.checkpoint import DIRECTORY
 from finetune_jax.config import Config, field_paths, from_dict, nearest, to_dict, validate
 from finetune_jax.errors import UserError
+from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
 from finetune_jax.storage import in_bucket, make, place, remove, write_json
 from finetune_jax.tasks import TASKS
@@ -75,6 +76,7 @@ def sweep(
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_FIRST_TRIALS),
         load_if_exists=True,
     )
+    _check_same_recipe(study, config, folder)
     known = study.get_trials(deepcopy=False)
     # A sampler that is made anew must not draw again what it drew.
     study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(known))
@@ -117,6 +119,27 @@ def sweep(
     write_json(folder / SUMMARY_FILE, summary)
     say(_told(summary))
     return summary
+
+
+def _check_same_recipe(study: Any, config: Config, folder: Any) -> None:
+    """
+    Raises:
+        UserError: The study was begun with another recipe: its trials would not compare.
+    """
+    now = json.loads(json.dumps(flat_fields(to_dict(config))))  # as the study gives it back
+    begun = study.user_attrs.get("recipe")
+    if begun is None:
+        return study.set_user_attr("recipe", now)
+    changed = [
+        path.replace("_", "-")
+        for path in sorted(begun.keys() | now.keys())
+        if begun.get(path) != now.get(path) and not path.startswith(FREE_TO_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was begun with another recipe, which differs in {', '.join(changed[:6])}; change it back, or name a new"
+            " --workdir"
+        )
 
 
 def _optuna() -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -209,6 +210,27 @@ def test_a_step_of_images_agrees_with_torchs_and_is_written(tmp_path):
     lines = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if "tiny" in line]
     assert [line[1] for line in lines] == ["finetune_jax", "torch", "torch, channels last"]
     assert lines[1][4] == "1.00"
+
+
+@pytest.mark.slow
+@WITH_MINILM
+def test_the_table_of_methods(tmp_path):
+    """Two rows by one step each; what has a line is not run again, and the page has what there is."""
+    write_reviews(tmp_path)
+    page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
+    page.write_text("<!-- methods -->\n<!-- end -->\n", encoding="utf-8")
+    words = ["--data", tmp_path, "--results", results, "--tasks", "sst2", "--seeds", 0, "--steps", 1]
+    run("methods.py", *words, "--rows", "full fine-tuning")
+    run("methods.py", *words, "--rows", "full fine-tuning", "LoRA, rank 8", "--jobs", 2, "--write", page)
+    lines = results.read_text("utf-8").splitlines()
+    assert [json.loads(line)["run"] for line in lines] == [
+        "sst2 | full fine-tuning | 0",
+        "sst2 | LoRA, rank 8 | 0",
+    ]
+    assert set(json.loads(lines[0])["attacked"]) == {"clean", "fgm", "pgd"}
+    rows = [line.split(" | ") for line in page.read_text("utf-8").splitlines() if line.startswith("| LoRA")]
+    assert 0 < float(rows[0][1]) < 3
+    assert rows[0][-1].startswith("`--peft.method lora`")
 
 
 @pytest.mark.slow

@@ -48,6 +48,11 @@ def test_trials_are_runs_and_the_best_is_told(tmp_path, capsys):
     more = sweep(config, tmp_path / "space.py", tmp_path / "w", 4, devices=devices)
     assert more["trials"][:3] == found["trials"]
     assert len({row["values"]["rate"] for row in more["trials"]}) == 4, "a sampler draws nothing twice"
+    other = replace(config, train=replace(config.train, batch_size=8))
+    with pytest.raises(
+        UserError, match=r"was begun with another recipe, which differs in train.batch-size; change it back"
+    ):
+        sweep(other, tmp_path / "space.py", tmp_path / "w", 5, devices=devices)
 
 
 def test_a_trial_that_was_on_goes_on_with_its_values(tmp_path):
