@@ -81,10 +81,15 @@ def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] =
         for path in sorted(old.keys() | new.keys())
         if old.get(path) != new.get(path) and not path.startswith(FREE_TO_CHANGE) and path not in allowed
     ]
-    if config.methods.swa is not None and {"train.epochs", "train.steps"} & set(allowed):
-        raise UserError(
-            "methods.swa begins at a share of the training, which --allow-change would move; name a new --workdir"
-        )
+    shares = {
+        "methods.swa": config.methods.swa is not None,
+        "the pruning of peft.method adalora": config.peft.method == "adalora",
+    }
+    for name, counts in shares.items():
+        if counts and {"train.epochs", "train.steps"} & set(allowed):
+            raise UserError(
+                f"{name} begins at a share of the training, which --allow-change would move; name a new --workdir"
+            )
     if changed:
         listed = "; ".join(
             f"{path.replace('_', '-')} {old.get(path)!r} -> {new.get(path)!r}" for path in changed

@@ -297,6 +297,10 @@ def test_adalora_ends_at_its_budget(tmp_path):
     layers = layers_of(weights)
     assert len(layers) == 12
     assert sum((np.asarray(weights[f"{layer}/lora_e"]) != 0).sum() for layer in layers) == 2 * len(layers)
+    with pytest.raises(
+        UserError, match=r"the pruning of peft.method adalora begins at a share of the training"
+    ):
+        loop.train(config, tmp_path / "run", allow_change=("train.steps",))
     start = saved_ranks(replace(config, peft=replace(config.peft, prune_until=1.0)), tmp_path / "late")
     assert start == 2 * len(layers), "pruned with the last update"
 
