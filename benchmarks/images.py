@@ -98,12 +98,13 @@ def ours(case: str, weights: Path) -> Callable[[], float]:
 
     from finetune_jax import job as jobs
     from finetune_jax import state as states
+    from finetune_jax.compiling import use_cache
     from finetune_jax.config import Config, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
     from finetune_jax.config import DataConfig as Data
     from finetune_jax.data.sources import cache_root
     from finetune_jax.step import lower_train_step, make_train_step
 
-    jobs.use_cache(cache_root(Data()))
+    use_cache(cache_root(Data()))
     pixels, labels = images_of(case)
     config = Config(
         task=TaskConfig(name="image_classification"),

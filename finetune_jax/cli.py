@@ -398,7 +398,11 @@ def _recipe(words: list[str]) -> Config:
     given |= dict(itertools.pairwise(words))
     if "--config" in given:
         return load_recipe(given["--config"])
-    file = saved_config(given.get("--workdir", given.get("--model", "")))
+    folder = given.get("--workdir", given.get("--model", ""))
+    file = saved_config(folder)
+    if file is None and "--seeds" in given and place(folder).is_dir():
+        begun = [path.name for path in place(folder).iterdir() if re.fullmatch(r"seed-\d+", path.name)]
+        file = saved_config(f"{folder}/{min(begun, key=lambda name: int(name[5:]))}") if begun else None
     return load_saved(file) if file else Config()
 
 

@@ -41,6 +41,8 @@ def test_seeds_are_plain_runs_and_go_on_where_they_were(tmp_path):
     with pytest.raises(loop.Stopped):
         train_seeds(config, tmp_path / "runs", 2, devices=devices, stop_at=2)
     assert not (tmp_path / "runs/seeds.json").exists()
+    again = cli.parse(["train", "--workdir", str(tmp_path / "runs"), "--seeds", "2"])
+    assert again.overrides == config, "a folder that is begun needs no recipe"
     found = train_seeds(config, tmp_path / "runs", 2, devices=devices)
     assert found == json.loads((tmp_path / "runs/seeds.json").read_text())
     assert found["seeds"] == [4, 5]

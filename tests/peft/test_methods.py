@@ -13,7 +13,7 @@ from flax import nnx
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from finetune_jax import train as loop
-from finetune_jax.config import OptimConfig, PeftConfig
+from finetune_jax.config import MeshConfig, OptimConfig, PeftConfig
 from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
@@ -303,6 +303,20 @@ def test_adalora_ends_at_its_budget(tmp_path):
         loop.train(config, tmp_path / "run", allow_change=("train.steps",))
     start = saved_ranks(replace(config, peft=replace(config.peft, prune_until=1.0)), tmp_path / "late")
     assert start == 2 * len(layers), "pruned with the last update"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("text", "adalora"), ("text", "dora"), ("text", "prefix"), ("token", "prompt"), ("image", "pfeiffer")],
+)
+def test_any_mesh_takes_the_same_updates(kind, name, tmp_path):
+    """Eight devices, everything split that can be, beside one."""
+    config = of_method(config_of(kind, tmp_path, steps=4), name)
+    config = replace(config, data=replace(config.data, batching="padded"))
+    loop.train(config, tmp_path / "one", devices=jax.devices()[ONE])
+    loop.train(replace(config, mesh=MeshConfig(2, 2, 2, smallest_split=0)), tmp_path / "eight")
+    one, eight = ([row["loss"] for row in tiny.rows(tmp_path / run)] for run in ("one", "eight"))
+    np.testing.assert_allclose(one, eight, rtol=2e-5)
 
 
 def saved_ranks(config, run):
