@@ -10,7 +10,7 @@ on validation on wnut17.
     python benchmarks/methods.py --data $FINETUNE_JAX_DATA --results methods.jsonl --timing
 
 times steps instead: rows in turns with the plain one, alone on the machine, for step time and peak memory relative to it.
-`--write FILE` puts the table between <!-- methods --> and <!-- end --> of a page.
+`--write FILE` puts the tables between <!-- methods -->, <!-- attacks --> and their <!-- end --> of a page.
 """
 
 import json
@@ -165,7 +165,7 @@ class Arguments:
     show: bool = False
     """Run nothing; make the table of what there is."""
     write: Path | None = None
-    """A page to put the table into."""
+    """A page to put the tables into."""
 
 
 def key_of(task: str, row: str, seed: int) -> str:
@@ -395,10 +395,10 @@ def main(args: Arguments) -> None:
             raise SystemExit(f"--{name} {unknown[0]!r} is not among {', '.join(known)}")
     if not args.show:
         time_all(args) if args.timing else run_all(args)
-    lines = [*table(args), "", *attack_table(args)]
-    print("\n".join(lines))
-    if args.write is not None:
-        put(args.write, "methods", "\n".join(lines) + "\n")
+    for name, lines in (("methods", table(args)), ("attacks", attack_table(args))):
+        print("\n".join(lines), end="\n\n")
+        if args.write is not None:
+            put(args.write, name, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

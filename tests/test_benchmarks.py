@@ -218,7 +218,7 @@ def test_the_table_of_methods(tmp_path):
     """Two rows by one step each; what has a line is not run again, and the page has what there is."""
     write_reviews(tmp_path)
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
-    page.write_text("<!-- methods -->\n<!-- end -->\n", encoding="utf-8")
+    page.write_text("<!-- methods -->\n<!-- end -->\n<!-- attacks -->\n<!-- end -->\n", encoding="utf-8")
     words = ["--data", tmp_path, "--results", results, "--tasks", "sst2", "--seeds", 0, "--steps", 1]
     run("methods.py", *words, "--rows", "full fine-tuning")
     run("methods.py", *words, "--rows", "full fine-tuning", "LoRA, rank 8", "--jobs", 2, "--write", page)
