@@ -795,7 +795,7 @@ def _check_peft(config: Config) -> None:
                     f"peft.method adalora and methods.{name} exclude each other: an average keeps what was pruned; leave one of them out"
                 )
     if (
-        config.peft.method != "none"
+        config.peft.method in ("lora", "adalora", "bottleneck")  # a resnet has no other, as install.py says
         and config.model.family == "resnet"
         and config.model.batch_norm == "train"
     ):
