@@ -184,10 +184,16 @@ class Output(nnx.Module):
         key: jax.Array | None,
         factor_BxLx1: jax.Array | None = None,
     ) -> jax.Array:
-        x_BxLxD = dropout(self.dense(x_BxLxE, key), self.dropout_rate, key).astype(jnp.float32)
+        residual_BxLxD = residual_BxLxD.astype(jnp.float32)
+        x_BxLxD = self.branch(x_BxLxE, residual_BxLxD, key)
         if factor_BxLx1 is not None:
             x_BxLxD = x_BxLxD * factor_BxLx1
-        return self.LayerNorm(x_BxLxD + residual_BxLxD.astype(jnp.float32))
+        return self.LayerNorm(x_BxLxD + residual_BxLxD)
+
+    def branch(self, x_BxLxE: jax.Array, residual_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+        """What is summed with the residual, float32; methods of peft/ have more of it."""
+        del residual_BxLxD
+        return dropout(self.dense(x_BxLxE, key), self.dropout_rate, key).astype(jnp.float32)
 
 
 class Attention(nnx.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from finetune_jax.models.bert import Output
-from finetune_jax.models.layers import ACTIVATIONS, dropout
+from finetune_jax.models.layers import ACTIVATIONS
 from finetune_jax.models.resnet import ConvLayer
 
 _DEVIATION = 0.01
@@ -31,18 +31,9 @@ class HoulsbyOutput(Output):
         self.dense, self.LayerNorm, self.dropout_rate = base.dense, base.LayerNorm, base.dropout_rate
         _add(self, base.dense.kernel.shape[-1], width, act, base.dense.dtype, rngs)
 
-    def __call__(
-        self,
-        x_BxLxE: jax.Array,
-        residual_BxLxD: jax.Array,
-        key: jax.Array | None,
-        factor_BxLx1: jax.Array | None = None,
-    ) -> jax.Array:
-        x_BxLxD = dropout(self.dense(x_BxLxE, key), self.dropout_rate, key)
-        x_BxLxD = x_BxLxD.astype(jnp.float32) + _through(self, x_BxLxD).astype(jnp.float32)
-        if factor_BxLx1 is not None:
-            x_BxLxD = x_BxLxD * factor_BxLx1
-        return self.LayerNorm(x_BxLxD + residual_BxLxD.astype(jnp.float32))
+    def branch(self, x_BxLxE: jax.Array, residual_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+        x_BxLxD = super().branch(x_BxLxE, residual_BxLxD, key)
+        return x_BxLxD + _through(self, x_BxLxD).astype(jnp.float32)
 
 
 class PfeifferOutput(HoulsbyOutput):
@@ -50,20 +41,10 @@ class PfeifferOutput(HoulsbyOutput):
     arXiv:2005.00052, eq. 1), to be summed and normalised again.
     """
 
-    def __call__(
-        self,
-        x_BxLxE: jax.Array,
-        residual_BxLxD: jax.Array,
-        key: jax.Array | None,
-        factor_BxLx1: jax.Array | None = None,
-    ) -> jax.Array:
-        x_BxLxD = dropout(self.dense(x_BxLxE, key), self.dropout_rate, key).astype(jnp.float32)
-        residual_BxLxD = residual_BxLxD.astype(jnp.float32)
+    def branch(self, x_BxLxE: jax.Array, residual_BxLxD: jax.Array, key: jax.Array | None) -> jax.Array:
+        x_BxLxD = Output.branch(self, x_BxLxE, residual_BxLxD, key)
         normal_BxLxD = self.LayerNorm(x_BxLxD + residual_BxLxD)
-        x_BxLxD = x_BxLxD + _through(self, normal_BxLxD).astype(jnp.float32)
-        if factor_BxLx1 is not None:
-            x_BxLxD = x_BxLxD * factor_BxLx1
-        return self.LayerNorm(x_BxLxD + residual_BxLxD)
+        return x_BxLxD + _through(self, normal_BxLxD).astype(jnp.float32)
 
 
 class AdapterConvLayer(ConvLayer):
