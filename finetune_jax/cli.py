@@ -400,9 +400,11 @@ def _recipe(words: list[str]) -> Config:
         return load_recipe(given["--config"])
     folder = given.get("--workdir", given.get("--model", ""))
     file = saved_config(folder)
-    if file is None and "--seeds" in given and place(folder).is_dir():
-        begun = [path.name for path in place(folder).iterdir() if re.fullmatch(r"seed-\d+", path.name)]
-        file = saved_config(f"{folder}/{min(begun, key=lambda name: int(name[5:]))}") if begun else None
+    if file is None and folder and "--seeds" in given:
+        from finetune_jax.seeds import seed_runs
+
+        begun = seed_runs(place(folder))
+        file = saved_config(f"{folder}/{begun[0]}") if begun else None
     return load_saved(file) if file else Config()
 
 

@@ -481,20 +481,36 @@ def load_recipe(path: str) -> Config:
     if not file.is_file():
         known = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise UserError(f"config file {path} does not exist{nearest(str(path), known)}")
-    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(
-            f"config file {path} is not a Python file; name a recipe such as configs/sst2_local.py"
-        )
-    module = importlib.util.module_from_spec(spec)
+    module = run_file(file, f"config file {path}", "; name a recipe such as configs/sst2_local.py")
     try:
-        spec.loader.exec_module(module)
         config = module.get_config()
     except Exception as error:
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise UserError(f"config file {path}: get_config() returned {type(config).__name__}, not Config")
     return validate(config)
+
+
+def run_file(file: Path, what: str, hint: str = "") -> Any:
+    """The module that a user's Python file is.
+
+    Args:
+        file: It.
+        what: The file in errors.
+        hint: What to do where it is no Python.
+
+    Raises:
+        UserError: It is none, or fails.
+    """
+    spec = importlib.util.spec_from_file_location(f"file_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{what} is not a Python file{hint}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{what} fails: {type(error).__name__}: {error}") from error
+    return module
 
 
 def from_dict(values: dict[str, Any], where: str) -> Config:

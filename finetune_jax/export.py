@@ -1,9 +1,11 @@
 """A run to a Hugging Face folder, and the proof that the folder gives the run's logits."""
 
+import contextlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +62,8 @@ def export(
         raise UserError(
             f"{run}: what peft.method {job.peft.method} adds cannot be multiplied into the model; add --adapter"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     signals.phase("exporting")
-    with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
+    with whole_folder(output) as draft:
         save_model_folder(job, draft)
         if adapter:
             save_adapter(run, job, weights, draft, number)
@@ -70,9 +71,17 @@ def export(
             files.save_tensors(draft, export_tensors(job.family, install.merged(weights, job.peft)))
         (draft / CARD_FILE).write_text(model_card(run, job, number), encoding="utf-8")
         difference = largest_difference(job, weights, draft) if verify else None
+    return difference
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A draft beside `output`, renamed to it at the end: the folder is there whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
+        yield draft
         os.chmod(draft, 0o755)  # mkdtemp made it private
         os.rename(draft, output)
-    return difference
 
 
 def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) -> None:

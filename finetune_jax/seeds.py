@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,16 +73,17 @@ def check_one_run(workdir: str | os.PathLike[str]) -> None:
         UserError: The folder holds runs of several seeds.
     """
     folder = place(workdir)
-    found = _runs(folder)
+    found = seed_runs(folder)
     if found:
         raise UserError(
             f"{folder} holds runs of several seeds, such as {found[0]}; add --seeds {len(found)}, or name another --workdir"
         )
 
 
-def _runs(folder: Folder) -> list[str]:
+def seed_runs(folder: Folder) -> list[str]:
+    """Names of the run folders in it, the lowest seed first."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(name for name in names if name.startswith("seed-") and name[5:].isdigit())
+    return sorted((name for name in names if re.fullmatch(r"seed-\d+", name)), key=lambda name: int(name[5:]))
 
 
 def summarise(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

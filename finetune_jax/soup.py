@@ -1,8 +1,6 @@
 """The mean of the weights of several runs, as one model (model soups, Wortsman et al. 2022, arXiv:2203.05482)."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from finetune_jax.config import MeshConfig, load_saved
 from finetune_jax.ensemble import members
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Opened, evaluate, records_of
-from finetune_jax.export import CARD_FILE
+from finetune_jax.export import CARD_FILE, whole_folder
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import export_tensors
 from finetune_jax.job import CONFIG_FILE, Job, make_job, save_model_folder
@@ -86,14 +84,11 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
         "value": value_of(chosen),
         "greedy": greedy,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
+    with whole_folder(output) as draft:
         save_model_folder(plain, draft)
         mean = mean_of([found[number][1] for number in chosen])
         files.save_tensors(draft, export_tensors(plain.family, mean))
         (draft / CARD_FILE).write_text(_card(plain, result), encoding="utf-8")
-        os.chmod(draft, 0o755)  # mkdtemp made it private
-        os.rename(draft, output)
     say(json.dumps(result, indent=2))
     return result
 

@@ -1,6 +1,5 @@
 """Search for hyper-parameters with Optuna: each trial is a run folder; what was running when the process died goes on."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -12,7 +11,7 @@ import jax
 
 from finetune_jax import metrics
 from finetune_jax.checkpoint import DIRECTORY
-from finetune_jax.config import Config, field_paths, from_dict, nearest, to_dict, validate
+from finetune_jax.config import Config, field_paths, from_dict, nearest, run_file, to_dict, validate
 from finetune_jax.errors import UserError
 from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
@@ -164,15 +163,7 @@ def load_space(file: str | os.PathLike[str]) -> Suggest:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"space file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"space file {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"space file {path} fails: {type(error).__name__}: {error}") from error
-    suggest = getattr(module, "suggest", None)
+    suggest = getattr(run_file(path, f"space file {path}"), "suggest", None)
     if not callable(suggest):
         raise UserError(f"space file {path} has no function suggest(trial)")
     return suggest  # pyright: ignore[reportReturnType]

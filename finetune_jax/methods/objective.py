@@ -6,7 +6,7 @@ each example with another (mixing.py); `averaged` takes the moving averages in t
 accumulation, sharding and resume are as ever.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,9 +124,9 @@ class Adversarial:
         logits, statistics = run(key)
         loss, weight = self.task.loss(logits, batch)
         start = jax.random.fold_in(key, _START) if self.random_start else None
-        offset = self.perturbation.start(batch, start)
-        for _ in range(self.steps):
-            offset = self.perturbation.ascend(offset, uphill(self.task, run, batch, key, offset), batch)
+        offset = climbed(
+            self.perturbation, start, batch, self.steps, lambda o: uphill(self.task, run, batch, key, o)
+        )
         attacked, _ = run(key, offset)
         return (loss + self.task.loss(attacked, batch)[0]) / 2, weight, statistics
 
@@ -178,9 +178,10 @@ class Smooth:
             moved, _ = run(key, offset, still=True)
             return self.task.divergence(target, moved, batch, one_way=self.held)
 
-        offset = self.perturbation.start(batch, jax.random.fold_in(key, _START))
-        for _ in range(self.steps):
-            offset = self.perturbation.ascend(offset, jax.lax.stop_gradient(jax.grad(apart)(offset)), batch)
+        start = jax.random.fold_in(key, _START)
+        offset = climbed(
+            self.perturbation, start, batch, self.steps, lambda o: jax.lax.stop_gradient(jax.grad(apart)(o))
+        )
         moved, _ = run(key, offset)
         one = target if self.held else logits
         return (
@@ -207,6 +208,20 @@ class Proximal:
         logits, _ = run(key)
         anchor = jax.lax.stop_gradient(run(key, averaged=True)[0])
         return total + self.weight * self.task.divergence(logits, anchor, batch), weight, statistics
+
+
+def climbed(
+    ball: Perturbation,
+    start: jax.Array | None,
+    batch: DeviceBatch,
+    steps: int,
+    gradient: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The offset after so many steps up a gradient, from the ball's centre, or with a key from a random point in it."""
+    offset = ball.start(batch, start)
+    for _ in range(steps):
+        offset = ball.ascend(offset, gradient(offset), batch)
+    return offset
 
 
 def uphill(task: Task, run: Run, batch: DeviceBatch, key: jax.Array, offset: jax.Array) -> jax.Array:
