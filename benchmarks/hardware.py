@@ -38,9 +38,10 @@ import tyro
 from pages import put
 from scaling import bert, markdown, resnet
 
-from finetune_jax.config import Config, DataConfig, MeshConfig, validate
+from finetune_jax.config import Config, DataConfig, MeshConfig
 from finetune_jax.data.packing import packed_shape
 from finetune_jax.data.sources import cache_root
+from finetune_jax.limits import validate
 from finetune_jax.plan import Subject, Workload, compiled, no_compile_cache, peak, program_of
 from finetune_jax.targets import Target, devices_of, parse_target
 

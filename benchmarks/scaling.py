@@ -33,8 +33,8 @@ from finetune_jax.config import (
     OptimConfig,
     TaskConfig,
     TrainConfig,
-    validate,
 )
+from finetune_jax.limits import validate
 from finetune_jax.plan import Estimate, Subject, Workload
 from finetune_jax.targets import devices_of, parse_target
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from finetune_jax.config import Config, validate
+from finetune_jax.config import Config
 from finetune_jax.data.pipeline import Batches, Examples, ImageExamples, evaluation_shape, train_shape
 from finetune_jax.data.sources import cache_root
 from finetune_jax.data.text import TextFeatures, prompted
@@ -40,6 +40,7 @@ from finetune_jax.job import (
     parse_model,
     task_from_config,
 )
+from finetune_jax.limits import validate
 from finetune_jax.sharding import batch_parts, bytes_a_device
 from finetune_jax.state import TrainState
 from finetune_jax.step import (

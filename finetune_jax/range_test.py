@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from finetune_jax.compiling import compile_all, use_cache
-from finetune_jax.config import Config, validate
+from finetune_jax.config import Config
 from finetune_jax.data.pipeline import device_batches
 from finetune_jax.data.sources import cache_root
 from finetune_jax.errors import UserError
 from finetune_jax.job import make_updates
+from finetune_jax.limits import validate
 from finetune_jax.sharding import Devices
 from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
 from finetune_jax.storage import make, place, write_json

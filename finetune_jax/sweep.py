@@ -11,8 +11,9 @@ import jax
 
 from finetune_jax import metrics
 from finetune_jax.checkpoint import DIRECTORY
-from finetune_jax.config import Config, field_paths, from_dict, nearest, run_file, to_dict, validate
+from finetune_jax.config import Config, field_paths, from_dict, nearest, run_file, to_dict
 from finetune_jax.errors import UserError
+from finetune_jax.limits import validate
 from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
 from finetune_jax.storage import in_bucket, make, place, remove, write_json

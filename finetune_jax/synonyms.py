@@ -69,7 +69,7 @@ def with_synonyms(config: Config, task: Task, features: TextFeatures, devices: D
     text, augmentation = config.data.text, features.augmentation
     assert isinstance(task, TextTask)
     assert augmentation is not None, "the task gives it to a training split"
-    assert text.masked_lm is not None, "config.validate"
+    assert text.masked_lm is not None, "limits.validate"
     checkpoint = open_masked_lm(text.masked_lm, task.tokenizer, config.data.max_length)
     vocabulary, count = augmentation.vocabulary, text.synonym_candidates
     known = int(vocabulary.whole.sum())

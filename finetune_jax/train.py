@@ -19,7 +19,7 @@ import numpy as np
 from finetune_jax import metrics, runtime, signals
 from finetune_jax.checkpoint import CheckpointWriter, Progress
 from finetune_jax.compiling import recompilations, use_cache
-from finetune_jax.config import Config, to_dict, validate
+from finetune_jax.config import Config, to_dict
 from finetune_jax.data.features import CachedFeatures
 from finetune_jax.data.pipeline import (
     Batches,
@@ -42,6 +42,7 @@ from finetune_jax.job import (
     open_source,
     pretrained_weights,
 )
+from finetune_jax.limits import validate
 from finetune_jax.meter import Meter, Trace
 from finetune_jax.programs import Programs
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder

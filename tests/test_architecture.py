@@ -11,6 +11,7 @@ FLOORS = [
         "metrics",
         "writers",
         "config",
+        "limits",
         "tree",
         "doctor",
         "seal",
@@ -41,7 +42,7 @@ FLOORS = [
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
     ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("optim", "peft"), ("peft", "hf"), ("methods", "tasks"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"), ("job", "step"),
-    ("opening", "checkpoint"), ("opening", "job"), ("evaluate", "ensemble"), ("soup", "ensemble"), ("soup", "evaluate"), ("soup", "export"), ("predict", "ensemble"), ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("robustness", "evaluate"), ("robustness", "predict"), ("targets", "config"), ("plan_report", "plan"),
+    ("opening", "checkpoint"), ("opening", "job"), ("evaluate", "ensemble"), ("soup", "ensemble"), ("soup", "evaluate"), ("soup", "export"), ("predict", "ensemble"), ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("robustness", "evaluate"), ("robustness", "predict"), ("targets", "config"), ("limits", "config"), ("plan_report", "plan"),
 }  # fmt: skip
 
 

@@ -14,8 +14,9 @@ import pytest
 from finetune_jax import __main__ as program
 from finetune_jax import cli
 from finetune_jax import config as config_module
-from finetune_jax.config import Config, field_paths, from_dict, load_recipe, to_dict, validate
+from finetune_jax.config import Config, field_paths, from_dict, load_recipe, to_dict
 from finetune_jax.errors import UserError
+from finetune_jax.limits import validate
 from tests import tiny
 
 
@@ -267,6 +268,7 @@ def test_every_recipe_of_the_project_is_valid():
     assert len(recipes) >= 9
     for file in recipes:
         config = load_recipe(str(file))
+        assert validate(config) == config
         assert from_dict(to_dict(config), "again") == config
         text = file.read_text(encoding="utf-8")
         assert f"configs/{file.name}" in text

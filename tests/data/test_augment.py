@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from finetune_jax import train as loop
-from finetune_jax.config import Config, ImageConfig, ModelConfig, TaskConfig, validate
+from finetune_jax.config import Config, ImageConfig, ModelConfig, TaskConfig
 from finetune_jax.data import augment
 from finetune_jax.data.augment import (
     AUTOAUGMENT,
@@ -30,6 +30,7 @@ from finetune_jax.data.image import augment as crop
 from finetune_jax.data.packing import Placement, RowShape
 from finetune_jax.data.pipeline import ImageExamples
 from finetune_jax.errors import UserError
+from finetune_jax.limits import validate
 from finetune_jax.predict import Lines
 from tests.tiny import assert_same_bits, image_config, saved, write_images
 

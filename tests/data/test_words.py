@@ -9,7 +9,7 @@ import scipy.stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from finetune_jax import train as loop
-from finetune_jax.config import Config, ModelConfig, TaskConfig, TextConfig, validate
+from finetune_jax.config import Config, ModelConfig, TaskConfig, TextConfig
 from finetune_jax.data.packing import Placement, RowShape, plan_packed
 from finetune_jax.data.text import load_tokenizer, sequence_features, token_features
 from finetune_jax.data.words import (
@@ -24,6 +24,7 @@ from finetune_jax.data.words import (
     uniform,
 )
 from finetune_jax.errors import UserError
+from finetune_jax.limits import validate
 from tests.tiny import assert_same_bits, config_of, saved, text_config, write_texts
 
 replace = dataclasses.replace
