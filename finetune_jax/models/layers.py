@@ -292,8 +292,9 @@ class BatchNorm(nnx.Module):
         share_Gx1 = 1.0 / jnp.maximum(count_Gx1, 1.0)
         mean_GxC = jnp.sum(x_GxBxHxWxC * real_GxBx1x1x1, axis=(1, 2, 3)) * share_Gx1
         mean_Gx1x1x1xC = mean_GxC[:, None, None, None]
-        # Second pass, not E[x^2] - E[x]^2: that cancels where the mean is large against the deviation.
-        centred_GxBxHxWxC = (x_GxBxHxWxC - mean_Gx1x1x1xC) * real_GxBx1x1x1
+        # Second pass, not E[x^2] - E[x]^2: that cancels where the mean is large against the deviation. The variance about any
+        # point is least at the mean, so that no gradient goes through it there; saying so spares the backward pass a sum.
+        centred_GxBxHxWxC = (x_GxBxHxWxC - jax.lax.stop_gradient(mean_Gx1x1x1xC)) * real_GxBx1x1x1
         var_GxC = jnp.sum(jnp.square(centred_GxBxHxWxC), axis=(1, 2, 3)) * share_Gx1
         self._move(mean_GxC, var_GxC * (count_Gx1 / jnp.maximum(count_Gx1 - 1.0, 1.0)), count_Gx1 > 0)
         y_GxBxHxWxC = self._normalise(x_GxBxHxWxC, mean_Gx1x1x1xC, var_GxC[:, None, None, None])
