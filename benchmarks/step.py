@@ -2,10 +2,11 @@
 
     python benchmarks/step.py --config configs/sst2_local.py --variants optim.name=sgd data.batching=buckets
     python benchmarks/step.py --config configs/sst2_local.py --parts
+    python benchmarks/step.py --config configs/sst2_local.py --input --steps 25
 
 The batches are real, read before the clock starts. Each round runs every variant for `--steps` steps on one device; the figure is the
-median over the rounds. With `--parts` the kernels of one traced step are put together by what they compute; kernels that run at the
-same time count each.
+median over the rounds. With `--input` each variant also runs on the same batches read, packed and placed meanwhile, as in a run. With
+`--parts` the kernels of one traced step are put together by what they compute; kernels that run at the same time count each.
 """
 
 import collections
@@ -15,9 +16,8 @@ import shlex
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import tyro
@@ -50,6 +50,8 @@ class Arguments:
     """Of each variant in a round."""
     rounds: int = 5
     """How often."""
+    input: bool = False
+    """Also with the batches read meanwhile."""
     parts: bool = False
     """Where the time of the recipe's own step goes."""
 
@@ -66,25 +68,26 @@ class Side:
         job, batches, updates = setup.job, setup.batches, setup.updates
         accumulation = setup.config.train.accumulation
         step = make_train_step(job.task, job.parts, updates, accumulation)
-        self.state, self.seconds = first_state(setup), []
+        self.state = first_state(setup)
         self.programs = {}
         since = time.perf_counter()
         for length in batches.lengths:
             batch = abstract_batch(batches.blank(length), batches.rows, job.mesh)
             self.programs[length] = lower_train_step(step, setup.state, batch, job.mesh).compile()
         self.compiling = time.perf_counter() - since
-        ahead: Iterator[Any] = device_batches(batches, job.mesh, 0, setup.config.data.threads)
-        self.batches = [(batches.length(number), next(ahead)) for number in range(steps)]
+        self.read = partial(device_batches, batches, job.mesh, 0, setup.config.data.threads)
+        self.lengths = [batches.length(number) for number in range(steps)]
+        self.batches = [batch for _, batch in zip(self.lengths, self.read(), strict=False)]
         segments = [batches.placement(number).segment for number in range(steps)]
         self.units = sum(batches.examples.tokens_of(s) or len(s) for s in segments) / steps
 
-    def run(self) -> None:
-        """All batches once; notes the seconds a step."""
+    def run(self, live: bool = False) -> float:
+        """Seconds a step of all batches once, which are there, or are read meanwhile."""
         since = time.perf_counter()
-        for length, batch in self.batches:
+        for length, batch in zip(self.lengths, self.read() if live else self.batches, strict=False):
             self.state, sums = self.programs[length](self.state, batch)
         jax.block_until_ready((self.state, sums))
-        self.seconds.append((time.perf_counter() - since) / len(self.batches))
+        return (time.perf_counter() - since) / len(self.lengths)
 
 
 def parts(side: Side) -> dict[str, float]:
@@ -108,7 +111,7 @@ def parts(side: Side) -> dict[str, float]:
                     if event.name in names:
                         kind = next(k for k, pattern in PARTS if re.search(pattern, names[event.name]))
                         total[kind] += event.duration_ns
-    return {kind: nanoseconds / 1e6 / len(side.batches) for kind, nanoseconds in total.most_common()}
+    return {kind: nanoseconds / 1e6 / len(side.lengths) for kind, nanoseconds in total.most_common()}
 
 
 def main(args: Arguments) -> None:
@@ -116,22 +119,23 @@ def main(args: Arguments) -> None:
     sides = {
         options or "as it is": Side(args.config, options, args.steps) for options in ("", *args.variants)
     }
-    for side in sides.values():
-        side.run()
-        side.seconds.clear()
+    rows = {(options, live): [] for options in sides for live in ((False, True) if args.input else (False,))}
+    for options, live in rows:
+        sides[options].run(live)
     for _ in range(args.rounds):
-        for side in sides.values():
-            side.run()
-    base = next(iter(sides.values())).seconds
+        for (options, live), seconds in rows.items():
+            seconds.append(sides[options].run(live))
+    base = rows["as it is", False]
     print(
         "| options | ms a step | of the first | tokens or images/s | compiled in, s |\n|---|---|---|---|---|"
     )
-    for options, side in sides.items():
-        median = statistics.median(side.seconds)
-        ratio = statistics.median(mine / first for mine, first in zip(side.seconds, base, strict=True))
-        spread = f"{1e3 * min(side.seconds):,.0f} to {1e3 * max(side.seconds):,.0f}"
+    for (options, live), seconds in rows.items():
+        side, median = sides[options], statistics.median(seconds)
+        ratio = statistics.median(mine / first for mine, first in zip(seconds, base, strict=True))
+        spread = f"{1e3 * min(seconds):,.0f} to {1e3 * max(seconds):,.0f}"
+        name = options + ", read meanwhile" * live
         print(
-            f"| {options} | {1e3 * median:,.0f} ({spread}) | {ratio:.2f} | {side.units / median:,.0f} | {side.compiling:.1f} |"
+            f"| {name} | {1e3 * median:,.0f} ({spread}) | {ratio:.3f} | {side.units / median:,.0f} | {side.compiling:.1f} |"
         )
     if args.parts:
         print("\n| part | ms |\n|---|---|")

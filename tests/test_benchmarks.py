@@ -185,9 +185,10 @@ def test_peers_never_cut_the_longest_text(shared):
 
 
 def test_a_step_and_its_parts():
-    words = ["--config", ROOT / "configs/digits_resnet.py", "--steps", 1, "--rounds", 1, "--parts"]
+    words = ["--config", ROOT / "configs/digits_resnet.py", "--steps", 1, "--rounds", 1, "--parts", "--input"]
     out = run("step.py", *words, "--variants", "optim.name=sgd optim.momentum=0.5")
     assert "| optim.name=sgd optim.momentum=0.5 |" in out
+    assert "| as it is, read meanwhile |" in out
     assert "| dense layers and convolutions |" in out
 
 
