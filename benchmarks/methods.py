@@ -119,7 +119,7 @@ ROWS = {
     "last layer anew": Row(("--model.reinit-layers", "1")),
     "R-Drop 1": Row(("--methods.r-drop", "1")),
     "NEFTune 5": Row(("--methods.neftune", "5")),
-    "FGM": Row(adversarial("fgm", "--methods.radius", "0.1"), is_attacked=True),
+    "FGM": Row(adversarial("fgm", "--methods.radius", "0.2"), is_attacked=True),
     "PGD": Row(adversarial("pgd", "--methods.radius", "0.1"), is_attacked=True),
     "FreeLB": Row(adversarial("freelb", "--methods.radius", "0.1"), is_attacked=True),
     "SMART": Row(adversarial("smart", "--methods.radius", "0.1"), is_attacked=True),
