@@ -16,7 +16,7 @@ lines of peers/NAME.py say, whose interpreter is given; sides without theirs are
 
     python benchmarks/compare.py --task sst2 --whole --seeds 0 1 2
 
-`--write FILE` puts the table between <!-- compare TASK --> and <!-- end --> of a page.
+`--write FILE` puts the table between <!-- compare PLACE --> and <!-- end --> of a page; the place is the task, or `--place`.
 """
 
 import importlib.metadata
@@ -63,6 +63,8 @@ class Arguments:
     """Of the rounds of --whole."""
     write: Path | None = None
     """A page to put the table into."""
+    place: str | None = None
+    """There; None: that of the task."""
 
 
 def span(values: list[float]) -> str:
@@ -176,7 +178,7 @@ def main(args: Arguments) -> None:
     lines = whole_table(args, seen) if args.whole else table(args, seen)
     print("\n".join(lines))
     if args.write is not None:
-        put(args.write, f"compare {args.task}", "\n".join(lines) + "\n")
+        put(args.write, f"compare {args.place or args.task}", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ TASKS = {
 EVERYWHERE = tuple(TASKS)
 WITHOUT_TAGS = ("sst2, 1,000", "sst2", "banking77, 10-shot")
 IMAGES = ("cifar10, 5,000",)
-ATTACKED = ("sst2, 1,000", "sst2", "cifar10, 5,000")
+ATTACKED = ("sst2, 1,000", "cifar10, 5,000")
 """Tasks on which rows that are about attacks are evaluated under them too."""
 
 
