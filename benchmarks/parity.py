@@ -17,7 +17,7 @@ def losses_here(run: Run, scratch: Path) -> list[float]:
     import jax.numpy as jnp
 
     from finetune_jax.cli import parse
-    from finetune_jax.data.pipeline import Batches, device_batches, train_shape
+    from finetune_jax.data.pipeline import Batches, Reading, device_batches, train_shape
     from finetune_jax.step import make_train_step
     from finetune_jax.train import first_state, prepare
 
@@ -34,7 +34,7 @@ def losses_here(run: Run, scratch: Path) -> list[float]:
     head = jnp.asarray(checked_head(*state.params["classifier/kernel"].shape))
     state.params["classifier/kernel"] = jax.device_put(head, job.shardings["classifier/kernel"])
     update = jax.jit(make_train_step(job.task, job.parts, updates, 1))
-    for batch in device_batches(batches, job.mesh, 0, config.data.threads):
+    for batch in device_batches(batches, job.mesh, 0, Reading.of(config.data)):
         state, sums = update(state, batch)
         total, weight = jax.device_get(sums["loss"])
         losses.append(float(total / weight))

@@ -9,7 +9,7 @@ command `finetune-jax predict` calls, at its own batch size; the pipeline takes 
 is from the file's first byte to the output's last; ours compiles in it, or loads what an earlier process compiled.
 
 The second table has no model in it: sentences tokenised, packed and placed on the device; digits resized; JPEG images of 500x375,
-made of noise at several scales, decoded, cropped and resized to 224x224. `--write FILE` puts the tables between <!-- predictions -->,
+made of noise at several scales, decoded, cropped and resized to 224x224; by threads, and images by processes. `--write FILE` puts the tables between <!-- predictions -->,
 <!-- input --> and their <!-- end --> of a page.
 """
 
@@ -52,7 +52,9 @@ class Arguments:
     images: int = 512
     """JPEG files to make."""
     threads: tuple[int, ...] = (1, 2, 4)
-    """That decode."""
+    """That read."""
+    workers: tuple[int, ...] = (1, 2)
+    """Processes that read images."""
     rounds: int = 3
     """Runs of each side."""
     tables: tuple[Literal["predictions", "input"], ...] = ("predictions", "input")
@@ -94,13 +96,13 @@ def predict(model: str, source: str, output: str, side: str, batch_size: int) ->
 
 
 def read(
-    model: str, source: str, pictures: str, threads: list[int], rounds: int
+    model: str, source: str, pictures: str, threads: list[int], workers: list[int], rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Examples a second of each round, by what is read and by the threads that read."""
+    """Examples a second of each round, by what is read and by the threads or processes that read."""
     import jax
 
     from finetune_jax.config import Config, DataConfig, ImageConfig, ModelConfig, TaskConfig
-    from finetune_jax.data.pipeline import Batches, device_batches, evaluation_shape, train_shape
+    from finetune_jax.data.pipeline import Batches, Reading, device_batches, evaluation_shape, train_shape
     from finetune_jax.data.sources import load_source
     from finetune_jax.job import parse_model, task_from_config
     from finetune_jax.opening import open_model
@@ -110,10 +112,10 @@ def read(
     lines = Lines([json.loads(line) for line in Path(source).read_text("utf-8").splitlines()])
     found: dict[str, dict[str, list[float]]] = {}
 
-    def consume(batches: Batches, readers: int) -> float:
+    def consume(batches: Batches, reading: Reading) -> float:
         """Seconds until all are on the device."""
         since = time.perf_counter()
-        for batch in device_batches(batches, job.mesh, 0, readers):
+        for batch in device_batches(batches, job.mesh, 0, reading):
             jax.block_until_ready(batch)
         return time.perf_counter() - since
 
@@ -134,6 +136,9 @@ def read(
     digits = images(DataConfig(source="digits", image=small), 1)
     large = ImageConfig(augment="resized_crop_flip")
     jpegs = images(DataConfig(path=pictures, image=large), 3)
+    kinds = (("digits, 8x8 to 32x32", digits), ("JPEG, 500x375 to 224x224", jpegs))
+    for count in workers:
+        consume(digits, Reading(1, count))  # starts them
     for _ in range(rounds):
         since = time.perf_counter()
         examples = job.task.examples(lines, train=False)
@@ -141,14 +146,16 @@ def read(
         note("sentences tokenised", "the tokenizer's own", len(lines), tokenising)
         shape = evaluation_shape(examples, 64, job.task.max_length, "packed")
         for readers in threads:
-            taken = consume(Batches(examples, shape, None), readers)
+            taken = consume(Batches(examples, shape, None), Reading(readers))
             note("sentences packed and placed", str(readers), len(lines), taken)
             note("sentences in all", str(readers), len(lines), tokenising + taken)
-            for what, batches in (
-                ("digits, 8x8 to 32x32", digits),
-                ("JPEG, 500x375 to 224x224", jpegs),
-            ):
-                note(what, str(readers), len(batches.examples), consume(batches, readers))
+        readings = [(f"{count}", Reading(count)) for count in threads]
+        readings += [
+            (f"{count} processes" if count > 1 else "1 process", Reading(1, count)) for count in workers
+        ]
+        for what, batches in kinds:
+            for name, reading in readings:
+                note(what, name, len(batches.examples), consume(batches, reading))
     return found
 
 
@@ -297,6 +304,7 @@ def input_alone(args: Arguments, scratch: Path) -> list[str]:
         "source": str(source),
         "pictures": str(pictures),
         "threads": args.threads,
+        "workers": args.workers,
         "rounds": args.rounds,
     }
     found, _ = call(args, scratch, "read", model=str(scratch / "model"), **values)

@@ -23,7 +23,7 @@ import jax
 import tyro
 
 from finetune_jax.cli import parse
-from finetune_jax.data.pipeline import device_batches
+from finetune_jax.data.pipeline import Reading, device_batches
 from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
 from finetune_jax.train import first_state, prepare
 
@@ -75,7 +75,7 @@ class Side:
             batch = abstract_batch(batches.blank(length), batches.rows, job.mesh)
             self.programs[length] = lower_train_step(step, setup.state, batch, job.mesh).compile()
         self.compiling = time.perf_counter() - since
-        self.read = partial(device_batches, batches, job.mesh, 0, setup.config.data.threads)
+        self.read = partial(device_batches, batches, job.mesh, 0, Reading.of(setup.config.data))
         self.lengths = [batches.length(number) for number in range(steps)]
         self.batches = [batch for _, batch in zip(self.lengths, self.read(), strict=False)]
         segments = [batches.placement(number).segment for number in range(steps)]

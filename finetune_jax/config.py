@@ -298,6 +298,8 @@ class DataConfig:
     """Words."""
     threads: int = 4
     """Threads that read, decode and augment ahead of the device."""
+    workers: int | None = None
+    """Images: processes that do that instead, which Python's lock does not hold up. 0: threads do; None: processes where the host has 8 cores or more, one for every two of them, at most 16."""
     stall_seconds: float = 600.0
     """A batch that is not read in so long ends the run, its state saved."""
     cache_dir: str | None = None

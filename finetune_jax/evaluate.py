@@ -1,7 +1,6 @@
 """Exact evaluation: every example once, whatever the batch size, the number of devices or the last batch's length."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,14 @@ from finetune_jax import metrics, storage
 from finetune_jax.compiling import compile_all
 from finetune_jax.config import Config, load_saved
 from finetune_jax.data.packing import Batching
-from finetune_jax.data.pipeline import Batches, Examples, device_batches, evaluation_shape
+from finetune_jax.data.pipeline import (
+    READ_AHEAD,
+    Batches,
+    Examples,
+    Reading,
+    device_batches,
+    evaluation_shape,
+)
 from finetune_jax.data.sources import load_source
 from finetune_jax.ensemble import averaged, members
 from finetune_jax.errors import UserError
@@ -51,8 +57,7 @@ class Forward:
         examples: Examples,
         batch_size: int,
         batching: Batching,
-        threads: int = 4,
-        patience: float = math.inf,
+        reading: Reading = READ_AHEAD,
         features: int = 0,
         step: Callable[..., Any] | None = None,
     ):
@@ -62,13 +67,12 @@ class Forward:
             examples: The split.
             batch_size: Examples at once over all devices (packed, on average).
             batching: How examples share rows.
-            threads: That read ahead.
-            patience: Seconds to wait for a batch.
+            reading: How they are read.
             features: Their width, where the step ends before the head.
             step: (weights, batch) -> (logits, sums), where it is not the plain one.
         """
         shape = evaluation_shape(examples, batch_size, job.task.row_length, batching)
-        self._job, self._examples, self._threads, self._patience = job, examples, threads, patience
+        self._job, self._examples, self._reading = job, examples, reading
         make = make_features if features else make_forward
         self._step, self._width = step or make(job.task, job.parts), features or job.task.num_labels
         self._batches = Batches(examples, shape, None, parts=batch_parts(job.mesh), mesh=job.mesh)
@@ -98,7 +102,7 @@ class Forward:
         collected = np.zeros((self._examples.outputs, self._width), np.float32)
         sums: metrics.Sums = {}
         pending: list[tuple[int, Any]] = []
-        batches = device_batches(self._batches, self._job.mesh, 0, self._threads, self._patience)
+        batches = device_batches(self._batches, self._job.mesh, 0, self._reading)
         for step, batch in enumerate(batches):
             if stop():
                 raise Interrupted
@@ -148,7 +152,7 @@ class Opened:
     def forward(self, examples: Examples, step: Callable[..., Any] | None = None) -> Forward:
         """The forward step of some examples, or another."""
         data, size = self.config.data, self.config.evaluation.batch_size
-        return Forward(self.job, examples, size, data.batching, data.threads, step=step)
+        return Forward(self.job, examples, size, data.batching, Reading.of(data), step=step)
 
 
 def open_splits(

@@ -30,6 +30,7 @@ LOWEST = {
     "checkpoint.keep": 1,
     "checkpoint.keep-every-steps": 1,
     "data.threads": 1,
+    "data.workers": 0,
     "data.max-length": 8,
     "data.max-bad-records": 0,
     "data.max-train-examples": 1,

@@ -101,7 +101,7 @@ class Meter:
         if share < STARVED or self._steps < 2 * WARM_UP:
             return None
         return (
-            f"{100 * share:.0f} % of the steps' time was waiting for input; raise data.threads, or put the data on a"
+            f"{100 * share:.0f} % of the steps' time was waiting for input; raise data.threads (images: data.workers), or put the data on a"
             " faster disk"
         )
 

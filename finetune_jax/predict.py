@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_jax.config import nearest
+from finetune_jax.config import DataConfig, nearest
+from finetune_jax.data.pipeline import Reading
 from finetune_jax.ensemble import averaged
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward
@@ -109,7 +110,7 @@ def predict_together(
     for job, weights in models:
         lines = read_rows(job, rows, places)
         examples = job.task.examples(lines, train=False)
-        values, _ = Forward(job, examples, batch_size, "packed").outputs(weights)
+        values, _ = Forward(job, examples, batch_size, "packed", Reading.of(DataConfig())).outputs(weights)
         found.append((job, examples, lines, values))
         del weights  # before the next model's are placed
     job, examples, lines, _ = found[0]

@@ -7,7 +7,7 @@ from typing import Any
 from finetune_jax.compiling import compiling_all
 from finetune_jax.config import Config
 from finetune_jax.data.features import CachedFeatures
-from finetune_jax.data.pipeline import Batches, Examples
+from finetune_jax.data.pipeline import Batches, Examples, Reading
 from finetune_jax.evaluate import Forward
 from finetune_jax.job import Job
 from finetune_jax.state import TrainState
@@ -42,7 +42,7 @@ class Programs:
         size = config.evaluation.batch_size
 
         def forward_of(split: Examples, features: int = 0) -> Forward:
-            return Forward(job, split, size, data.batching, data.threads, data.stall_seconds, features)
+            return Forward(job, split, size, data.batching, Reading.of(data), features)
 
         self.forwards = {name: forward_of(split) for name, split in examples.items() if name != "train"}
         self._cached = {n: split for n, split in examples.items() if isinstance(split, CachedFeatures)}

@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune_jax.compiling import compile_all, use_cache
 from finetune_jax.config import Config
-from finetune_jax.data.pipeline import device_batches
+from finetune_jax.data.pipeline import Reading, device_batches
 from finetune_jax.data.sources import cache_root
 from finetune_jax.errors import UserError
 from finetune_jax.job import make_updates
@@ -84,8 +84,7 @@ def range_test(
     )
     state = first_state(setup)
     rates, losses = [], []
-    data = config.data
-    for step, batch in enumerate(device_batches(batches, job.mesh, 0, data.threads, data.stall_seconds)):
+    for step, batch in enumerate(device_batches(batches, job.mesh, 0, Reading.of(config.data))):
         state, sums = programs[batches.length(step)](state, batch)
         total, weight = jax.device_get(sums["loss"])
         rates.append(float(schedule(step)))

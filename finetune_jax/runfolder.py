@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "train.stop_after_skipped",
     "train.tensorboard",
     "data.threads",
+    "data.workers",
     "data.stall_seconds",
     "data.cache_dir",
     "checkpoint.",

@@ -24,6 +24,7 @@ from finetune_jax.data.features import CachedFeatures
 from finetune_jax.data.pipeline import (
     Batches,
     Examples,
+    Reading,
     Unreadable,
     device_batches,
     padding_share,
@@ -60,7 +61,7 @@ from finetune_jax.synonyms import fingerprinted, with_synonyms
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.writers import Writer, say
 
-OF_ONE_HOST = ("data.path", "data.cache_dir", "data.threads")
+OF_ONE_HOST = ("data.path", "data.cache_dir", "data.threads", "data.workers")
 """Config fields that the processes of a job may have each for itself."""
 
 
@@ -286,9 +287,7 @@ def fit(
             stop = runtime.Stop(watch)
             if progress.unevaluated:
                 measure()
-            ahead = device_batches(
-                batches, job.mesh, progress.next_batch, config.data.threads, config.data.stall_seconds
-            )
+            ahead = device_batches(batches, job.mesh, progress.next_batch, Reading.of(config.data))
             readable = () if progress.unevaluated else until_unreadable(ahead, unreadable)
             for batch in meter.waiting_for("input", readable):
                 if progress.stale >= patience:

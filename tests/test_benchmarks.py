@@ -255,13 +255,13 @@ def test_predictions_agree_with_the_pipelines_and_input_is_read(tmp_path):
     )
     page.write_text("<!-- predictions -->\n<!-- end -->\n<!-- input -->\n<!-- end -->\n", encoding="utf-8")
     words = ["--data", tmp_path, "--examples", 20, "--trial", 4, "--batch-sizes", 8, "--images", 32]
-    run("prediction.py", *words, "--threads", 1, 2, "--rounds", 1, "--write", page)
+    run("prediction.py", *words, "--threads", 1, 2, "--workers", 1, "--rounds", 1, "--write", page)
     text = page.read_text(encoding="utf-8")
     lines = [line.rstrip(" |").split(" | ") for line in text.splitlines()]
     sides = [line for line in lines if line[0].startswith(("| finetune_jax", "| pipeline"))]
     assert [line[2] for line in sides][1] == "1.00"
     assert max(float(line[4]) for line in (sides[0], sides[2])) < 1e-4
-    assert [line[1] for line in lines if line[0] == "| JPEG, 500x375 to 224x224"] == ["1", "2"]
+    assert [line[1] for line in lines if line[0] == "| JPEG, 500x375 to 224x224"] == ["1", "2", "1 process"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,9 @@ def test_a_starved_device_is_said(monkeypatch):
         return found.advice()
 
     assert after(0.2) is None
-    assert "23 % of the steps' time was waiting for input; raise data.threads" in str(after(3.0))
+    assert "23 % of the steps' time was waiting for input; raise data.threads (images: data.workers)" in str(
+        after(3.0)
+    )
 
 
 def test_late_compilations_are_heard_with_their_shapes():

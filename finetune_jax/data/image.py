@@ -246,9 +246,10 @@ def augment(
     if crop == "crop":
         out_HxWxC = _random_crop(processor.scale(image_HxWxC), processor.size, rng)
     elif crop == "pad_crop":
-        frame = processor.size // 8
-        padded_HxWxC = np.pad(processor.resize(image_HxWxC), ((frame, frame), (frame, frame), (0, 0)))
-        out_HxWxC = _random_crop(padded_HxWxC, processor.size, rng)
+        size, frame = processor.size, processor.size // 8
+        padded_HxWxC = np.zeros((size + 2 * frame, size + 2 * frame, image_HxWxC.shape[2]), np.uint8)
+        padded_HxWxC[frame : frame + size, frame : frame + size] = processor.resize(image_HxWxC)
+        out_HxWxC = _random_crop(padded_HxWxC, size, rng)
     elif crop == "resized_crop":
         box = _random_box(image_HxWxC.shape[0], image_HxWxC.shape[1], rng)
         out_HxWxC = _pillow_resize(image_HxWxC, processor.size, processor.size, processor.resample, box)
@@ -351,6 +352,8 @@ def _pillow_resize(
             f"an image of {image_HxWxC.shape[1]} x {image_HxWxC.shape[0]} would be resized to {width} x {height}, "
             f"over the limit of {MAX_PIXELS:,} pixels; crop it first"
         )
+    if box is None and image_HxWxC.shape[:2] == (height, width):
+        return image_HxWxC  # what Pillow gives, without a copy there and back
     grey = image_HxWxC.shape[2] == 1
     picture = Image.fromarray(image_HxWxC[:, :, 0] if grey else image_HxWxC)
     out = np.asarray(picture.resize((width, height), Image.Resampling(resample), box))

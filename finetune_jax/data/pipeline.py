@@ -20,10 +20,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from finetune_jax.config import DataConfig
 from finetune_jax.data.augment import ImageAugmentation
 from finetune_jax.data.builders.decode import read_image
 from finetune_jax.data.image import ImageProcessor, to_channels
 from finetune_jax.data.packing import Batching, Epochs, Placement, RowShape, bucket_lengths, packed_shape
+from finetune_jax.data.workers import Crew, workers_of
 from finetune_jax.errors import UserError
 from finetune_jax.sharding import place_rows, rows_here
 
@@ -151,6 +153,10 @@ class Batches:
         self.steps = self.steps or self.epochs.end(0)
         self.here = np.arange(self.rows) if self.mesh is None else rows_here(self.mesh, self.rows)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process of this host: `here` is known, and devices are of the process that they belong to."""
+        return self.__dict__ | {"mesh": None}
+
     def __len__(self) -> int:
         return self.steps
 
@@ -255,29 +261,55 @@ class Unreadable(UserError):
     """A batch could not be read: a record that does not parse, or a disk that does not answer."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How batches are read ahead of their use."""
+
+    threads: int = 4
+    """Of this process."""
+    workers: int = 0
+    """Processes that make batches of images in place of the threads."""
+    patience: float = math.inf
+    """Seconds to wait for a batch."""
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Reading":
+        """As a recipe says."""
+        return cls(data.threads, workers_of(data.workers), data.stall_seconds)
+
+    def start(self, batches: Batches, start: int) -> "Crew | Patient":
+        """What gives the batches of steps start, start + 1, ..., to be closed."""
+        if self.workers and isinstance(batches.examples, ImageExamples):
+            return Crew(batches, start, self.workers)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+        source: Any = batches  # random access is all that Grain asks of a source
+        iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        iterator.set_state({"next_index": start})
+        return Patient(iterator)
+
+
+READ_AHEAD = Reading()
+
+
 def device_batches(
-    batches: Batches, mesh: Mesh, start: int, threads: int, patience: float = math.inf
+    batches: Batches, mesh: Mesh, start: int, reading: Reading
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches of steps start, start + 1, ... on the mesh, read by threads and placed AHEAD of their use.
+    """Batches of steps start, start + 1, ... on the mesh, placed AHEAD of their use.
 
     Args:
         batches: What to read.
         mesh: Where to place it.
         start: Step of the first one.
-        threads: That read ahead.
-        patience: Seconds to wait for one.
+        reading: How. The batches are the same whatever it says.
 
     Raises:
-        Unreadable: One could not be read, or not within `patience`.
+        Unreadable: One could not be read, or not within `reading.patience`.
     """
     if start >= len(batches):
         return
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    source: Any = batches  # random access is all that Grain asks of a source
-    iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-    iterator.set_state({"next_index": start})
+    patience = reading.patience
     placed: deque[dict[str, jax.Array]] = deque()
-    with contextlib.closing(Patient(iterator)) as reader:
+    with contextlib.closing(reading.start(batches, start)) as reader:
         for step in range(start, len(batches)):
             try:
                 batch = reader.next(patience)

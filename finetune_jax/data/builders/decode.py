@@ -16,13 +16,13 @@ def decode_image(data: bytes) -> np.ndarray:
     The EXIF orientation is applied and transparency is dropped, as transformers' `load_image` does. Grey stays one
     channel; everything else (palette, RGBA, CMYK) becomes RGB; 16-bit grey keeps its upper byte.
     """
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as opened:
-        picture = ImageOps.exif_transpose(opened)
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode.startswith("I"):
             return (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[:, :, None]
         if picture.mode in ("1", "L", "LA", "La"):
             return np.asarray(picture.convert("L"))[:, :, None]
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def check_image(data: bytes, place: str) -> None:
