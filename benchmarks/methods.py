@@ -129,6 +129,13 @@ ROWS = {
     "SAM 0.05": Row(("--methods.sam", "0.05"), tasks=EVERYWHERE),
     "EMA 0.99": Row(("--methods.ema", "0.99"), tasks=EVERYWHERE),
     "SWA from 0.75": Row(("--methods.swa", "0.75"), tasks=EVERYWHERE),
+    "constant rate": Row(("--optim.schedule", "constant"), tasks=EVERYWHERE),
+    "constant rate, EMA 0.99": Row(
+        ("--optim.schedule", "constant", "--methods.ema", "0.99"), tasks=EVERYWHERE
+    ),
+    "constant rate, SWA from 0.75": Row(
+        ("--optim.schedule", "constant", "--methods.swa", "0.75"), tasks=EVERYWHERE
+    ),
     "label smoothing 0.1": Row(("--task.label-smoothing", "0.1"), tasks=EVERYWHERE),
     "focal loss 2": Row(("--task.focal-gamma", "2"), tasks=EVERYWHERE),
     "stochastic depth 0.1": Row(("--model.stochastic-depth", "0.1"), tasks=EVERYWHERE),
