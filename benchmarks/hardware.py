@@ -5,7 +5,7 @@
     python -m venv PEER
     echo "import site; site.addsitedir('$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \\
         > PEER/lib/python3.11/site-packages/base.pth
-    PEER/bin/pip install --no-deps transformers==4.55.4 'huggingface-hub<1' 'tokenizers<0.22'
+    PEER/bin/pip install --no-deps transformers==4.55.4 'huggingface-hub<1' 'tokenizers<0.22' regex
     python benchmarks/hardware.py --data $FINETUNE_JAX_DATA/sst2 --peer PEER/bin/python --write docs/performance.md
 
 Nothing is executed: each step is compiled for the target and read as `finetune-jax plan` reads it, the peers' by the same code in a
