@@ -8,6 +8,7 @@ import torch
 from flax import nnx
 from scipy.stats import chisquare
 
+from finetune_jax.models import layers
 from finetune_jax.models.layers import BatchNorm, Conv, dropout, max_pool, random_words, softmax
 
 
@@ -116,23 +117,28 @@ def test_convolution_and_its_gradients(kernel, stride, size):
     np.testing.assert_allclose(x_gradient, tensor.grad.numpy().transpose(0, 2, 3, 1), atol=1e-4, rtol=1e-5)
 
 
+POOLS = (max_pool, layers._max_of_windows, layers._max_of_slices)  # as here, as on other devices, as on CPU
+
+
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("size", [(7, 8), (8, 7), (1, 2)])
-def test_max_pool_and_its_gradient_with_ties(size):
+def test_max_pool_and_its_gradient_with_ties(size, pool):
     rng = np.random.default_rng(0)
     x = rng.integers(-2, 2, (2, *size, 3)).astype(np.float32)  # so few values that most windows have ties
     tensor = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).requires_grad_()
     expected = torch.nn.functional.max_pool2d(tensor, 3, 2, 1)
     pull = rng.normal(size=expected.shape).astype(np.float32)
     expected.backward(torch.from_numpy(pull))
-    value, back = jax.vjp(max_pool, jnp.asarray(x))
+    value, back = jax.vjp(jax.jit(pool), jnp.asarray(x))
     np.testing.assert_array_equal(value, expected.detach().numpy().transpose(0, 2, 3, 1))
     (gradient,) = back(jnp.asarray(pull.transpose(0, 2, 3, 1)))
     np.testing.assert_allclose(gradient, tensor.grad.numpy().transpose(0, 2, 3, 1), atol=1e-6)
 
 
-def test_max_pool_lets_nan_through():
+@pytest.mark.parametrize("pool", POOLS)
+def test_max_pool_lets_nan_through(pool):
     x = jnp.zeros((1, 4, 4, 1)).at[0, 0, 0, 0].set(jnp.nan)
-    assert np.isnan(max_pool(x)[0, 0, 0, 0])
+    assert np.isnan(pool(x)[0, 0, 0, 0])
 
 
 def test_batch_norm_with_a_mean_far_from_zero():
