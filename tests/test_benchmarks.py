@@ -220,13 +220,13 @@ def test_the_table_of_methods(tmp_path):
     write_reviews(tmp_path)
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
     page.write_text("<!-- methods -->\n<!-- end -->\n<!-- attacks -->\n<!-- end -->\n", encoding="utf-8")
-    words = ["--data", tmp_path, "--results", results, "--tasks", "sst2", "--seeds", 0, "--steps", 1]
+    words = ["--data", tmp_path, "--results", results, "--tasks", "sst2, 1,000", "--seeds", 0, "--steps", 1]
     run("methods.py", *words, "--rows", "full fine-tuning")
     run("methods.py", *words, "--rows", "full fine-tuning", "LoRA, rank 8", "--jobs", 2, "--write", page)
     lines = results.read_text("utf-8").splitlines()
     assert [json.loads(line)["run"] for line in lines] == [
-        "sst2 | full fine-tuning | 0",
-        "sst2 | LoRA, rank 8 | 0",
+        "sst2, 1,000 | full fine-tuning | 0",
+        "sst2, 1,000 | LoRA, rank 8 | 0",
     ]
     assert set(json.loads(lines[0])["attacked"]) == {"clean", "fgm", "pgd"}
     rows = [line.split(" | ") for line in page.read_text("utf-8").splitlines() if line.startswith("| LoRA")]
