@@ -161,6 +161,10 @@ def _check_family(config: Config) -> None:
         raise UserError("model.scan-layers is for family bert: the blocks of a resnet differ in shape")
     if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
         raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
+    if config.model.family != "resnet" and config.data.workers:
+        raise UserError(
+            f"data.workers {config.data.workers} is for images, texts are made by data.threads; leave it out"
+        )
 
 
 def _check_augmentation(config: Config) -> None:

@@ -139,6 +139,11 @@ def test_doctor(capsys):
         (["--optim.name", "adam"], "invalid choice 'adam'"),
         (["--optim.learning-rate", "-1"], "optim.learning-rate is -1.0, must be above 0"),
         (["--train.batch-size", "0"], "train.batch-size is 0, must be at least 1"),
+        (["--data.workers", "-1"], "data.workers is -1, must be at least 0"),
+        (
+            ["--data.workers", "2"],
+            "data.workers 2 is for images, texts are made by data.threads; leave it out",
+        ),
         (["--train.batch-size", "10", "--train.accumulation", "3"], "not divisible by train.accumulation 3"),
         (["--data.max-length", "65"], "data.max-length 65 is over the model's 64 positions; lower it"),
         (["--data.path", "/nowhere"], "/nowhere"),
