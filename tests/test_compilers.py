@@ -168,9 +168,11 @@ def test_fsdp_holds_an_eighth_and_moves_parameters_only(target):
     ("family", "few", "many"), [on("v5e:16x16", "bert", "v5e:2x4"), on("v5e:16x16", "resnet", "v5e:2x4")]
 )
 def test_more_chips_cost_a_chip_nothing(family, few, many):
-    """The same rows a chip on 8 and on 256: the same memory and FLOPs, within 3 %."""
+    """The same rows a chip on 8 and on 256: the same memory and FLOPs, within 3 %. The program itself, of the ResNet 2.1 MB of 12,
+    is longer on more chips: 2.4."""
     small, large = (of(recipe(family, batch=16 * chips), at)[0] for at, chips in ((few, 8), (many, 256)))
-    assert large.memory.peak == pytest.approx(small.memory.peak, rel=0.03)
+    large_peak, small_peak = (found.memory.peak - found.memory.code for found in (large, small))
+    assert large_peak == pytest.approx(small_peak, rel=0.03)
     assert large.program.flops == pytest.approx(small.program.flops, rel=0.03)
 
 
