@@ -85,8 +85,14 @@ class Crew:
 
     def _ask(self) -> None:
         step = next(self._steps, None)
-        if step is not None:
-            self._asked.append(self._pool.submit(_make, self._file, step))
+        if step is None:
+            return
+        try:
+            future = self._pool.submit(_make, self._file, step)
+        except BrokenExecutor as error:  # said when it is this batch's turn
+            future = Future()
+            future.set_exception(error)
+        self._asked.append(future)
 
 
 @functools.cache

@@ -111,10 +111,18 @@ class Pictures(list):
         return [self[index] for index in indices]
 
 
-def test_one_that_is_killed_is_said_and_replaced(setup):
-    stream = device_batches(setup.batches, setup.job.mesh, 0, Reading(1, 1))
+@pytest.mark.parametrize("noticed", [False, True])
+def test_one_that_is_killed_is_said_and_replaced(noticed, setup):
+    """While it makes a batch, or between two, where asking for the next one tells."""
+    batches = Batches(setup.examples["train"], setup.batches.shape, 0, steps=40)
+    stream = device_batches(batches, setup.job.mesh, 0, Reading(1, 1))
     next(stream)
+    if noticed:
+        time.sleep(2.0)  # what was asked for is there
     os.kill(children()[0], signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while noticed and workers._pool(1)._flags.broken is None and time.monotonic() < deadline:
+        time.sleep(0.05)
     with pytest.raises(
         Unreadable, match=r"a process that makes batches was ended from outside.*lower data\.workers"
     ):
