@@ -9,8 +9,9 @@ command `finetune-jax predict` calls, at its own batch size; the pipeline takes 
 is from the file's first byte to the output's last; ours compiles in it, or loads what an earlier process compiled.
 
 The second table has no model in it: sentences tokenised, packed and placed on the device; digits resized; JPEG images of 500x375,
-made of noise at several scales, decoded, cropped and resized to 224x224; by threads, and images by processes. `--write FILE` puts the tables between <!-- predictions -->,
-<!-- input --> and their <!-- end --> of a page.
+made of noise at several scales, decoded, cropped and resized to 224x224; by threads, and images by processes.
+
+`--write FILE` puts the tables between <!-- predictions -->, <!-- input --> and their <!-- end --> of a page.
 """
 
 import importlib

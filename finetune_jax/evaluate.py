@@ -13,7 +13,6 @@ from finetune_jax.compiling import compile_all
 from finetune_jax.config import Config, load_saved
 from finetune_jax.data.packing import Batching
 from finetune_jax.data.pipeline import (
-    READ_AHEAD,
     Batches,
     Examples,
     Reading,
@@ -57,7 +56,7 @@ class Forward:
         examples: Examples,
         batch_size: int,
         batching: Batching,
-        reading: Reading = READ_AHEAD,
+        reading: Reading,
         features: int = 0,
         step: Callable[..., Any] | None = None,
     ):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
-from finetune_jax.data.pipeline import Batches, evaluation_shape, train_shape
+from finetune_jax.data.pipeline import Batches, Reading, evaluation_shape, train_shape
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward, evaluate
 from finetune_jax.job import job_from_config, make_objective, open_source
@@ -133,7 +133,12 @@ def test_evaluation_is_exact_on_ragged_splits(kind, batching, devices, tmp_path)
     weights = initial_weights(job.parts, job.shardings, 0, {})
     examples = job.task.examples(source.splits["test"], train=False)
     found = [
-        evaluate(Forward(job, examples, size, batching if size > 1 else "padded"), job, examples, weights)
+        evaluate(
+            Forward(job, examples, size, batching if size > 1 else "padded", Reading()),
+            job,
+            examples,
+            weights,
+        )
         for size in (1, 8, 64)
     ]
     for other in found[1:]:

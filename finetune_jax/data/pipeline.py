@@ -288,9 +288,6 @@ class Reading:
         return Patient(iterator)
 
 
-READ_AHEAD = Reading()
-
-
 def device_batches(
     batches: Batches, mesh: Mesh, start: int, reading: Reading
 ) -> Iterator[dict[str, jax.Array]]:

@@ -4,6 +4,7 @@ Loky starts the processes: without the user's script in them, which the standard
 """
 
 import functools
+import math
 import os
 import pickle
 import signal
@@ -66,7 +67,7 @@ class Crew:
             UserError: A process was ended from outside.
         """
         try:
-            batch = self._asked[0].result(None if seconds == float("inf") else seconds)
+            batch = self._asked[0].result(None if math.isinf(seconds) else seconds)
         except BrokenExecutor as error:
             _pool.cache_clear()
             raise UserError(
