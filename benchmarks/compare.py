@@ -16,7 +16,8 @@ lines of peers/NAME.py say, whose interpreter is given; sides without theirs are
 
     python benchmarks/compare.py --task sst2 --whole --seeds 0 1 2
 
-`--write FILE` puts the table between <!-- compare PLACE --> and <!-- end --> of a page; the place is the task, or `--place`.
+`--write FILE` puts the table between <!-- compare PLACE --> and <!-- end --> of a page; the place is the task (of
+`--whole` the task and `, whole`), or `--place`.
 """
 
 import importlib.metadata
@@ -155,8 +156,6 @@ def chosen(args: Arguments, pythons: dict[str, str]) -> list[str]:
 
 def main(args: Arguments) -> None:
     """Runs all, prints a line a run, then the table."""
-    if args.whole and args.write is not None:
-        raise SystemExit("--write takes the table of the steps, not that of --whole; leave one of them out")
     pythons = interpreters(args.peer_python)
     sides = chosen(args, pythons)
     if args.check:
@@ -178,7 +177,8 @@ def main(args: Arguments) -> None:
     lines = whole_table(args, seen) if args.whole else table(args, seen)
     print("\n".join(lines))
     if args.write is not None:
-        put(args.write, f"compare {args.place or args.task}", "\n".join(lines) + "\n")
+        place = args.place or args.task + ", whole" * args.whole
+        put(args.write, f"compare {place}", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ on validation on wnut17.
 
     python benchmarks/methods.py --data $FINETUNE_JAX_DATA --results methods.jsonl --timing
 
-times steps instead: rows in turns with the plain one, alone on the machine, for step time and peak memory relative to it.
+times steps instead, alone on the machine, for step time and peak memory over those of plain runs before and after every few rows; here
+a seed is a round.
 `--write FILE` puts the tables between <!-- methods -->, <!-- attacks --> and their <!-- end --> of a page.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -32,6 +34,9 @@ from pages import put
 
 HERE = Path(__file__).parent
 PLAIN = "full fine-tuning"
+TIMED_STEPS = 15
+BETWEEN = 4
+"""Rows that are timed between two plain runs."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class Arguments:
     tasks: tuple[str, ...] = ()
     """Which; none takes all."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Runs of each row on each task."""
+    """Runs of each row on each task; rounds of --timing."""
     jobs: int = 1
     """Runs at once, each on its share of the cores."""
     steps: int | None = None
@@ -300,42 +305,45 @@ def run_all(args: Arguments) -> None:
                 done.result()
 
 
-def time_all(args: Arguments, rounds: int = 3, steps: int = 25) -> None:
-    """Step time and memory of each row on sst2, beside a plain run just before or after it."""
+def timed(args: Arguments, task: str, row: str, scratch: Path) -> tuple[float, int]:
+    """(median seconds of a step after the first five, peak bytes) of a short run on all cores."""
+    words = [*words_of(args, task, row, 0), "--data.path", place_of(args, task, scratch)]
+    words += ["--train.log-every", "1", "--data.validation", "None", "--data.test", "None"]
+    words += ["--train.steps", str(args.steps or TIMED_STEPS)]
+    folder = scratch / "timed"
+    result = train(words, folder, sorted(os.sched_getaffinity(0)))
+    lines = map(json.loads, (folder / "timings.jsonl").read_text("utf-8").splitlines())
+    times = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
+    shutil.rmtree(folder)
+    return statistics.median(times[5:] or times), result["peak_memory_bytes"]
+
+
+def timing_key(row: str, number: int) -> str:
+    """Of a timed run in the file of results."""
+    return f"timing | {row} | {number}"
+
+
+def time_all(args: Arguments) -> None:
+    """Step time and memory of each row on sst2 (of those for images alone on cifar10), over the plain one's before and after a few."""
     with tempfile.TemporaryDirectory() as folder:
-        for row in args.rows or ROWS:
-            task = "sst2" if "sst2" in ROWS[row].tasks else ROWS[row].tasks[0]
-            ratios, memory = [], []
-            for number in range(rounds):
-                seen = {}
-                for name in (row, PLAIN) if number % 2 else (PLAIN, row):
-                    place = Path(folder) / f"{number}-{name == PLAIN}-{abs(hash(row))}"
-                    words = [
-                        *words_of(args, task, name, 0),
-                        "--data.path",
-                        place_of(args, task, Path(folder)),
-                    ]
-                    words += [
-                        "--train.steps",
-                        str(steps),
-                        "--train.log-every",
-                        "1",
-                        "--data.validation",
-                        "None",
-                    ]
-                    result = train(words, place, sorted(os.sched_getaffinity(0)))
-                    rows = map(json.loads, (place / "timings.jsonl").read_text("utf-8").splitlines())
-                    times = [entry["seconds_per_step"] for entry in rows if "seconds_per_step" in entry]
-                    seen[name] = statistics.median(times[5:]), result["peak_memory_bytes"]
-                ratios.append(seen[row][0] / seen[PLAIN][0])
-                memory.append(seen[row][1] / seen[PLAIN][1])
-            entry = {
-                "run": f"timing | {row}",
-                "step": statistics.median(ratios),
-                "memory": statistics.median(memory),
-            }
-            add(args.results, entry)
-            print(json.dumps(entry), flush=True)
+        for number, task in itertools.product(args.seeds, ("sst2", *IMAGES)):
+            known = read(args.results)
+            rows = [
+                row
+                for row in args.rows or ROWS
+                if row != PLAIN and ("sst2" in ROWS[row].tasks) == (task == "sst2")
+            ]
+            left = [row for row in rows if timing_key(row, number) not in known]
+            for first in range(0, len(left), BETWEEN):
+                block = left[first : first + BETWEEN]
+                names = (PLAIN, *block, PLAIN)
+                seen = [timed(args, task, name, Path(folder)) for name in names]
+                plain = np.mean([seen[0], seen[-1]], axis=0)
+                for row, found in zip(block, seen[1:-1], strict=True):
+                    step, memory = (found / plain).tolist()
+                    entry = {"run": timing_key(row, number), "step": step, "memory": memory}
+                    add(args.results, entry)
+                    print(json.dumps(entry), flush=True)
 
 
 def table(args: Arguments) -> list[str]:
@@ -351,13 +359,15 @@ def table(args: Arguments) -> list[str]:
             found = [known[k] for seed in args.seeds if (k := key_of(task, row, seed)) in known]
             shares += [100 * entry["trained"] / entry["total"] for entry in found if task.startswith("sst2")]
             cells.append(spread([100 * entry["score"] for entry in found], args))
-        timing = known.get(f"timing | {row}", {})
-        cost = [f"{timing[name]:.2f}" if name in timing else "-" for name in ("step", "memory")]
+        timings = [known[k] for seed in args.seeds if (k := timing_key(row, seed)) in known]
+        cost = ["1.00" if row == PLAIN else "-"] * 2
+        if timings:
+            cost = [f"{statistics.median(of[name] for of in timings):.2f}" for name in ("step", "memory")]
         said = " ".join(way.words).replace("|", "\\|")
         said = f"`{said}`" if said else ""
         rate = "" if way.rate == 1 else f" rate x{way.rate:g}"
         share = f"{statistics.fmean(shares):.2f}" if shares else "-"
-        if any(cell != "-" for cell in (*cells, *cost)):
+        if row == PLAIN or any(cell != "-" for cell in (*cells, *cost)):
             lines.append(f"| {row} | {share} | {' | '.join((*cost, *cells))} | {said}{rate} |")
     return lines
 

@@ -80,9 +80,12 @@ def test_the_comparison_writes_its_table(tmp_path):
 @pytest.mark.slow  # .ci/run asks for those of this file
 def test_whole_runs_tell_time_and_quality(tmp_path):
     write_reviews(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- compare sst2, whole -->\n<!-- end -->\n", encoding="utf-8")
     sides = ("--sides", "finetune_jax, packed", "HF Trainer")
-    done = compare(tmp_path, "--whole", "--steps", "3", "--seeds", "0", *sides)
+    done = compare(tmp_path, "--whole", "--steps", "3", "--seeds", "0", "--write", str(page), *sides)
     assert done.returncode == 0, done.stderr
+    assert "| finetune_jax, packed" in page.read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| finetune", "| HF"))]
     assert [row[0] for row in rows] == ["| finetune_jax, packed", "| HF Trainer"]
     for row in rows:
@@ -112,7 +115,6 @@ def test_sides_have_the_same_losses(tmp_path):
         ),
         ({"peer_python": ("kerashub=/nowhere/python",)}, "give NAME=INTERPRETER"),
         ({"peer_python": (f"keras={sys.executable}",)}, "NAME one of flax4, kerashub"),
-        ({"whole": True, "write": Path("page.md")}, "leave one of them out"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(monkeypatch, tmp_path, words, said):
@@ -232,6 +234,11 @@ def test_the_table_of_methods(tmp_path):
     rows = [line.split(" | ") for line in page.read_text("utf-8").splitlines() if line.startswith("| LoRA")]
     assert 0 < float(rows[0][1]) < 3
     assert rows[0][-1].startswith("`--peft.method lora`")
+    run("methods.py", *words, "--rows", "LoRA, rank 8", "--timing")
+    timing = json.loads(results.read_text("utf-8").splitlines()[-1])
+    assert timing["run"] == "timing | LoRA, rank 8 | 0"
+    assert timing["step"] > 0
+    assert timing["memory"] > 0
 
 
 @pytest.mark.slow
