@@ -115,6 +115,8 @@ def validate(config: Config) -> Config:
     _check_augmentation(config)
     _check_loss(config.task)
     _check_methods(config)
+    _check_averages(config.methods)
+    _check_adversarial(config.methods)
     _check_peft(config)
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
@@ -262,6 +264,21 @@ def _check_methods(config: Config) -> None:
         )
     if methods.adversarial == "freelb" and config.model.family == "resnet":
         raise UserError("methods.adversarial freelb is for text; take fgm or pgd for images")
+    if config.model.cache_features and chosen:
+        raise UserError(
+            f"model.cache-features runs the model once, {chosen[0]} in every step; leave one of them out"
+        )
+    if config.model.cache_features and config.model.stochastic_depth:
+        raise UserError(
+            "model.cache-features keeps what model.stochastic-depth varies in every step; leave one of them out"
+        )
+
+
+def _check_averages(methods: MethodsConfig) -> None:
+    """
+    Raises:
+        UserError: Averages of the weights that exclude each other, or knobs of one that is off.
+    """
     if methods.ema is not None and not 0 <= methods.ema < 1:
         raise UserError(f"methods.ema is {methods.ema}, must be from 0 to below 1")
     if methods.swa is not None and not 0 <= methods.swa < 1:
@@ -274,6 +291,13 @@ def _check_methods(config: Config) -> None:
         raise UserError(
             "methods.proximal holds the model near its averages; set methods.ema, or leave it out"
         )
+
+
+def _check_adversarial(methods: MethodsConfig) -> None:
+    """
+    Raises:
+        UserError: Knobs that the adversarial method does not read.
+    """
     if methods.adversarial not in ("none", "smart", "vat") and methods.adversarial_weight != 1:
         raise UserError(
             f"methods.adversarial-weight is for smart and vat, methods.adversarial is {methods.adversarial}; leave it out"
@@ -288,14 +312,6 @@ def _check_methods(config: Config) -> None:
     if methods.adversarial == "fgm" and (methods.ascent_steps != 3 or methods.ascent_rate is not None):
         raise UserError(
             "methods.adversarial fgm goes one step of methods.radius; methods.ascent-steps and methods.ascent-rate are for the others"
-        )
-    if config.model.cache_features and chosen:
-        raise UserError(
-            f"model.cache-features runs the model once, {chosen[0]} in every step; leave one of them out"
-        )
-    if config.model.cache_features and config.model.stochastic_depth:
-        raise UserError(
-            "model.cache-features keeps what model.stochastic-depth varies in every step; leave one of them out"
         )
 
 

@@ -25,11 +25,14 @@ from finetune_jax.data.augment import ImageAugmentation
 from finetune_jax.data.builders.decode import read_image
 from finetune_jax.data.image import ImageProcessor, to_channels
 from finetune_jax.data.packing import Batching, Epochs, Placement, RowShape, bucket_lengths, packed_shape
-from finetune_jax.data.workers import Crew, workers_of
+from finetune_jax.data.workers import Crew, cores, workers_of
 from finetune_jax.errors import UserError
 from finetune_jax.sharding import place_rows, rows_here
 
 AHEAD = 2  # batches placed on the device before the loop asks for them
+MOST_THREADS = 4
+SMALL_IMAGE = 64
+"""Side of the result in pixels up to which decoding is not what an image costs."""
 
 Batch = dict[str, np.ndarray]
 
@@ -261,12 +264,19 @@ class Unreadable(UserError):
     """A batch could not be read: a record that does not parse, or a disk that does not answer."""
 
 
+def threads_for(examples: Examples) -> int:
+    """How many threads read best: decoding a large image gives Python's lock away, all else that makes a batch holds it."""
+    if isinstance(examples, ImageExamples) and examples.processor.size > SMALL_IMAGE:
+        return min(cores(), MOST_THREADS)
+    return 1
+
+
 @dataclass(frozen=True)
 class Reading:
     """How batches are read ahead of their use."""
 
-    threads: int = 4
-    """Of this process."""
+    threads: int | None = None
+    """Of this process; None: as many as suit what is read."""
     workers: int = 0
     """Processes that make batches of images in place of the threads."""
     patience: float = math.inf
@@ -281,7 +291,8 @@ class Reading:
         """What gives the batches of steps start, start + 1, ..., to be closed."""
         if self.workers and isinstance(batches.examples, ImageExamples):
             return Crew(batches, start, self.workers)
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+        threads = self.threads or threads_for(batches.examples)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         source: Any = batches  # random access is all that Grain asks of a source
         iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
         iterator.set_state({"next_index": start})

@@ -31,12 +31,16 @@ ORPHAN_SECONDS = 1.0
 """Between a process's looks at whether its run is still there."""
 
 
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def workers_of(asked: int | None) -> int:
     """How many processes make batches: as many as `data.workers` says, or as suit the cores of this host."""
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cores < FEW_CORES else min(cores // 2, MOST)
+    return 0 if cores() < FEW_CORES else min(cores() // 2, MOST)
 
 
 class Crew:

@@ -23,6 +23,7 @@ from finetune_jax.data.pipeline import (
     Reading,
     Unreadable,
     device_batches,
+    threads_for,
     train_shape,
 )
 from finetune_jax.train import prepare
@@ -163,6 +164,15 @@ def test_texts_are_made_by_threads(setup):
 def test_as_many_as_suit_the_cores(asked, cores, found, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
     assert workers.workers_of(asked) == found
+
+
+@pytest.mark.parametrize(("size", "count", "found"), [(32, 8, 1), (64, 8, 1), (224, 2, 2), (224, 112, 4)])
+def test_large_images_are_decoded_by_several_threads(setup, size, count, found, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(count))
+    examples = setup.examples["train"]
+    processor = examples.processor.with_size(size)
+    assert threads_for(replace(examples, processor=processor)) == found
+    assert threads_for(object()) == 1  # texts
 
 
 SCRIPT = """
