@@ -34,6 +34,7 @@ from pages import put
 
 HERE = Path(__file__).parent
 PLAIN = "full fine-tuning"
+USUAL_SEEDS = 3
 TIMED_STEPS = 15
 BETWEEN = 4
 """Rows that are timed between two plain runs."""
@@ -48,8 +49,8 @@ class TaskRow:
     rate: float
     """Learning rate of full fine-tuning."""
     words: tuple[str, ...]
-    folder: str
-    """In the data."""
+    folder: str | None
+    """In the data; None: embedded."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,12 @@ TASKS = {
         ("--data.max-train-examples", "5000", "--train.epochs", "12", *LAST),
         "cifar10",
     ),
+    "digits": TaskRow("digits_resnet.py", "accuracy", 0.1, LAST, None),
 }
 EVERYWHERE = tuple(TASKS)
 WITHOUT_TAGS = ("sst2, 1,000", "sst2", "banking77, 10-shot")
-IMAGES = ("cifar10, 5,000",)
-ATTACKED = ("sst2, 1,000", "cifar10, 5,000")
+IMAGES = ("cifar10, 5,000", "digits")
+ATTACKED = ("sst2, 1,000", *IMAGES)
 """Tasks on which rows that are about attacks are evaluated under them too."""
 
 
@@ -138,6 +140,7 @@ ROWS = {
     "constant rate, EMA 0.99": Row(
         ("--optim.schedule", "constant", "--methods.ema", "0.99"), tasks=EVERYWHERE
     ),
+    "constant rate, EMA 0.95": Row(("--optim.schedule", "constant", "--methods.ema", "0.95"), tasks=IMAGES),
     "constant rate, SWA from 0.75": Row(
         ("--optim.schedule", "constant", "--methods.swa", "0.75"), tasks=EVERYWHERE
     ),
@@ -180,9 +183,9 @@ class Arguments:
     """A page to put the tables into."""
 
 
-def key_of(task: str, row: str, seed: int) -> str:
-    """Of a run in the file of results."""
-    return f"{task} | {row} | {seed}"
+def key_of(task: str, row: str) -> str:
+    """Of runs in the file of results, which end in their seed."""
+    return f"{task} | {row}"
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
@@ -213,11 +216,14 @@ def words_of(args: Arguments, task: str, row: str, seed: int) -> list[str]:
     return words + ([] if args.steps is None else ["--train.steps", str(args.steps)])
 
 
-def place_of(args: Arguments, task: str, scratch: Path) -> str:
-    """Where the data are; of banking77 the first ten training examples of each class, and no validation."""
-    source = args.data / TASKS[task].folder
+def place_of(args: Arguments, task: str, scratch: Path) -> list[str]:
+    """Words that say where the data are; of banking77 the first ten training examples of each class, and no validation."""
+    name = TASKS[task].folder
+    if name is None:
+        return []
+    source = args.data / name
     if task != "banking77, 10-shot":
-        return str(source)
+        return ["--data.path", str(source)]
     folder = scratch / "banking77"
     if not folder.is_dir():
         folder.mkdir()
@@ -230,7 +236,7 @@ def place_of(args: Arguments, task: str, scratch: Path) -> str:
                 kept.append(line)
         (folder / "train.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
         (folder / "test.jsonl").write_bytes((source / "test.jsonl").read_bytes())
-    return str(folder)
+    return ["--data.path", str(folder)]
 
 
 def command(words: list[str], cores: list[int]) -> str:
@@ -256,11 +262,11 @@ def train(words: list[str], folder: Path, cores: list[int]) -> dict[str, Any]:
 
 def run(args: Arguments, scratch: Path, task: str, row: str, seed: int, cores: list[int]) -> dict[str, Any]:
     """The line of one run."""
-    folder = scratch / f"{TASKS[task].folder}-{abs(hash((task, row, seed)))}"
+    folder = scratch / f"{abs(hash((task, row, seed)))}"
     words = words_of(args, task, row, seed)
-    result = train([*words, "--data.path", place_of(args, task, scratch)], folder, cores)
+    result = train([*words, *place_of(args, task, scratch)], folder, cores)
     entry = {
-        "run": key_of(task, row, seed),
+        "run": f"{key_of(task, row)} | {seed}",
         "score": result["metrics"]["test"][TASKS[task].metric],
         **result["parameters"],
         "seconds": result["train_seconds"],
@@ -279,7 +285,7 @@ def todo(args: Arguments, known: dict[str, Any]) -> Iterator[tuple[str, str, int
         for row, way in ROWS.items():
             for task in way.tasks:
                 wanted = (not args.rows or row in args.rows) and (not args.tasks or task in args.tasks)
-                if wanted and key_of(task, row, seed) not in known:
+                if wanted and f"{key_of(task, row)} | {seed}" not in known:
                     yield task, row, seed
 
 
@@ -307,7 +313,7 @@ def run_all(args: Arguments) -> None:
 
 def timed(args: Arguments, task: str, row: str, scratch: Path) -> tuple[float, int]:
     """(median seconds of a step after the first five, peak bytes) of a short run on all cores."""
-    words = [*words_of(args, task, row, 0), "--data.path", place_of(args, task, scratch)]
+    words = [*words_of(args, task, row, 0), *place_of(args, task, scratch)]
     words += ["--train.log-every", "1", "--data.validation", "None", "--data.test", "None"]
     words += ["--train.steps", str(args.steps or TIMED_STEPS)]
     folder = scratch / "timed"
@@ -318,22 +324,22 @@ def timed(args: Arguments, task: str, row: str, scratch: Path) -> tuple[float, i
     return statistics.median(times[5:] or times), result["peak_memory_bytes"]
 
 
-def timing_key(row: str, number: int) -> str:
-    """Of a timed run in the file of results."""
-    return f"timing | {row} | {number}"
+def timing_key(row: str) -> str:
+    """Of timed runs in the file of results, which end in their round."""
+    return f"timing | {row}"
 
 
 def time_all(args: Arguments) -> None:
     """Step time and memory of each row on sst2 (of those for images alone on cifar10), over the plain one's before and after a few."""
     with tempfile.TemporaryDirectory() as folder:
-        for number, task in itertools.product(args.seeds, ("sst2", *IMAGES)):
+        for number, task in itertools.product(args.seeds, ("sst2", "cifar10, 5,000")):
             known = read(args.results)
             rows = [
                 row
                 for row in args.rows or ROWS
                 if row != PLAIN and ("sst2" in ROWS[row].tasks) == (task == "sst2")
             ]
-            left = [row for row in rows if timing_key(row, number) not in known]
+            left = [row for row in rows if f"{timing_key(row)} | {number}" not in known]
             for first in range(0, len(left), BETWEEN):
                 block = left[first : first + BETWEEN]
                 names = (PLAIN, *block, PLAIN)
@@ -341,14 +347,13 @@ def time_all(args: Arguments) -> None:
                 plain = np.mean([seen[0], seen[-1]], axis=0)
                 for row, found in zip(block, seen[1:-1], strict=True):
                     step, memory = (found / plain).tolist()
-                    entry = {"run": timing_key(row, number), "step": step, "memory": memory}
+                    entry = {"run": f"{timing_key(row)} | {number}", "step": step, "memory": memory}
                     add(args.results, entry)
                     print(json.dumps(entry), flush=True)
 
 
-def table(args: Arguments) -> list[str]:
+def table(known: dict[str, Any]) -> list[str]:
     """Means over the seeds, and their standard errors."""
-    known = read(args.results)
     lines = [
         f"| way | trained, % | step time | memory | {' | '.join(TASKS)} | words |",
         "|---" * (len(TASKS) + 5) + "|",
@@ -356,10 +361,10 @@ def table(args: Arguments) -> list[str]:
     for row, way in ROWS.items():
         cells, shares = [], []
         for task in TASKS:
-            found = [known[k] for seed in args.seeds if (k := key_of(task, row, seed)) in known]
+            found = runs_of(known, key_of(task, row))
             shares += [100 * entry["trained"] / entry["total"] for entry in found if task.startswith("sst2")]
-            cells.append(spread([100 * entry["score"] for entry in found], args))
-        timings = [known[k] for seed in args.seeds if (k := timing_key(row, seed)) in known]
+            cells.append(spread([100 * entry["score"] for entry in found]))
+        timings = runs_of(known, timing_key(row))
         cost = ["1.00" if row == PLAIN else "-"] * 2
         if timings:
             cost = [f"{statistics.median(of[name] for of in timings):.2f}" for name in ("step", "memory")]
@@ -372,9 +377,8 @@ def table(args: Arguments) -> list[str]:
     return lines
 
 
-def attack_table(args: Arguments) -> list[str]:
+def attack_table(known: dict[str, Any]) -> list[str]:
     """Accuracy under attack of the rows that are about it."""
-    known = read(args.results)
     lines = [
         f"| way | {' | '.join(f'{task}: {name}' for task in ATTACKED for name in ('clean', 'FGM', 'PGD'))} |",
         "|---" * (1 + 3 * len(ATTACKED)) + "|",
@@ -382,37 +386,38 @@ def attack_table(args: Arguments) -> list[str]:
     for row, way in ROWS.items():
         cells = []
         for task in ATTACKED:
-            found = [
-                known[k].get("attacked") for seed in args.seeds if (k := key_of(task, row, seed)) in known
-            ]
-            cells += [
-                spread([100 * entry[name] for entry in found if entry], args)
-                for name in ("clean", "fgm", "pgd")
-            ]
+            found = [entry["attacked"] for entry in runs_of(known, key_of(task, row)) if "attacked" in entry]
+            cells += [spread([100 * entry[name] for entry in found]) for name in ("clean", "fgm", "pgd")]
         if way.is_attacked and any(cell != "-" for cell in cells):
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
 
 
-def spread(values: list[float], args: Arguments) -> str:
-    """Mean, its standard error, and the number of seeds where some are missing."""
+def runs_of(known: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Results of all seeds."""
+    return [entry for run, entry in known.items() if run.rpartition(" | ")[0] == key]
+
+
+def spread(values: list[float]) -> str:
+    """Mean, its standard error, and the number of seeds where it is not the usual one."""
     if not values:
         return "-"
     text = f"{statistics.fmean(values):.2f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
-    return text + (f" ({len(values)})" if len(values) < len(args.seeds) else "")
+    return text + (f" ({len(values)})" if len(values) != USUAL_SEEDS else "")
 
 
 def main(args: Arguments) -> None:
     """Runs what is missing, then prints the table."""
-    for name, known in (("rows", ROWS), ("tasks", TASKS)):
-        unknown = [word for word in getattr(args, name) if word not in known]
+    for name, there in (("rows", ROWS), ("tasks", TASKS)):
+        unknown = [word for word in getattr(args, name) if word not in there]
         if unknown:
-            raise SystemExit(f"--{name} {unknown[0]!r} is not among {', '.join(known)}")
+            raise SystemExit(f"--{name} {unknown[0]!r} is not among {', '.join(there)}")
     if not args.show:
         time_all(args) if args.timing else run_all(args)
-    for name, lines in (("methods", table(args)), ("attacks", attack_table(args))):
+    known = read(args.results)
+    for name, lines in (("methods", table(known)), ("attacks", attack_table(known))):
         print("\n".join(lines), end="\n\n")
         if args.write is not None:
             put(args.write, name, "\n".join(lines) + "\n")
