@@ -359,10 +359,11 @@ def table(known: dict[str, Any]) -> list[str]:
         "|---" * (len(TASKS) + 5) + "|",
     ]
     for row, way in ROWS.items():
-        cells, shares = [], []
+        cells, shares = [], {}
         for task in TASKS:
             found = runs_of(known, key_of(task, row))
-            shares += [100 * entry["trained"] / entry["total"] for entry in found if task.startswith("sst2")]
+            if found:
+                shares[task] = 100 * found[0]["trained"] / found[0]["total"]
             cells.append(spread([100 * entry["score"] for entry in found]))
         timings = runs_of(known, timing_key(row))
         cost = ["1.00" if row == PLAIN else "-"] * 2
@@ -371,7 +372,8 @@ def table(known: dict[str, Any]) -> list[str]:
         said = " ".join(way.words).replace("|", "\\|")
         said = f"`{said}`" if said else ""
         rate = "" if way.rate == 1 else f" rate x{way.rate:g}"
-        share = f"{statistics.fmean(shares):.2f}" if shares else "-"
+        share = shares.get("sst2, 1,000", next(iter(shares.values()), None))
+        share = "-" if share is None else f"{share:.2f}"
         if row == PLAIN or any(cell != "-" for cell in (*cells, *cost)):
             lines.append(f"| {row} | {share} | {' | '.join((*cost, *cells))} | {said}{rate} |")
     return lines
