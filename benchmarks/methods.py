@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from pages import put
 HERE = Path(__file__).parent
 PLAIN = "full fine-tuning"
 USUAL_SEEDS = 3
+TIMING = "timing"
 TIMED_STEPS = 15
 BETWEEN = 4
 """Rows that are timed between two plain runs."""
@@ -183,9 +184,9 @@ class Arguments:
     """A page to put the tables into."""
 
 
-def key_of(task: str, row: str) -> str:
-    """Of runs in the file of results, which end in their seed."""
-    return f"{task} | {row}"
+def key_of(task: str, row: str, seed: int) -> str:
+    """Of a run in the file of results; of timed ones the task is `TIMING`, the seed the round."""
+    return f"{task} | {row} | {seed}"
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
@@ -266,7 +267,7 @@ def run(args: Arguments, scratch: Path, task: str, row: str, seed: int, cores: l
     words = words_of(args, task, row, seed)
     result = train([*words, *place_of(args, task, scratch)], folder, cores)
     entry = {
-        "run": f"{key_of(task, row)} | {seed}",
+        "run": key_of(task, row, seed),
         "score": result["metrics"]["test"][TASKS[task].metric],
         **result["parameters"],
         "seconds": result["train_seconds"],
@@ -285,7 +286,7 @@ def todo(args: Arguments, known: dict[str, Any]) -> Iterator[tuple[str, str, int
         for row, way in ROWS.items():
             for task in way.tasks:
                 wanted = (not args.rows or row in args.rows) and (not args.tasks or task in args.tasks)
-                if wanted and f"{key_of(task, row)} | {seed}" not in known:
+                if wanted and key_of(task, row, seed) not in known:
                     yield task, row, seed
 
 
@@ -313,20 +314,15 @@ def run_all(args: Arguments) -> None:
 
 def timed(args: Arguments, task: str, row: str, scratch: Path) -> tuple[float, int]:
     """(median seconds of a step after the first five, peak bytes) of a short run on all cores."""
-    words = [*words_of(args, task, row, 0), *place_of(args, task, scratch)]
+    short = replace(args, steps=args.steps or TIMED_STEPS)
+    words = [*words_of(short, task, row, 0), *place_of(args, task, scratch)]
     words += ["--train.log-every", "1", "--data.validation", "None", "--data.test", "None"]
-    words += ["--train.steps", str(args.steps or TIMED_STEPS)]
     folder = scratch / "timed"
     result = train(words, folder, sorted(os.sched_getaffinity(0)))
     lines = map(json.loads, (folder / "timings.jsonl").read_text("utf-8").splitlines())
     times = [line["seconds_per_step"] for line in lines if "seconds_per_step" in line]
     shutil.rmtree(folder)
     return statistics.median(times[5:] or times), result["peak_memory_bytes"]
-
-
-def timing_key(row: str) -> str:
-    """Of timed runs in the file of results, which end in their round."""
-    return f"timing | {row}"
 
 
 def time_all(args: Arguments) -> None:
@@ -339,7 +335,7 @@ def time_all(args: Arguments) -> None:
                 for row in args.rows or ROWS
                 if row != PLAIN and ("sst2" in ROWS[row].tasks) == (task == "sst2")
             ]
-            left = [row for row in rows if f"{timing_key(row)} | {number}" not in known]
+            left = [row for row in rows if key_of(TIMING, row, number) not in known]
             for first in range(0, len(left), BETWEEN):
                 block = left[first : first + BETWEEN]
                 names = (PLAIN, *block, PLAIN)
@@ -347,7 +343,7 @@ def time_all(args: Arguments) -> None:
                 plain = np.mean([seen[0], seen[-1]], axis=0)
                 for row, found in zip(block, seen[1:-1], strict=True):
                     step, memory = (found / plain).tolist()
-                    entry = {"run": f"{timing_key(row)} | {number}", "step": step, "memory": memory}
+                    entry = {"run": key_of(TIMING, row, number), "step": step, "memory": memory}
                     add(args.results, entry)
                     print(json.dumps(entry), flush=True)
 
@@ -361,11 +357,11 @@ def table(known: dict[str, Any]) -> list[str]:
     for row, way in ROWS.items():
         cells, shares = [], {}
         for task in TASKS:
-            found = runs_of(known, key_of(task, row))
+            found = runs_of(known, task, row)
             if found:
                 shares[task] = 100 * found[0]["trained"] / found[0]["total"]
             cells.append(spread([100 * entry["score"] for entry in found]))
-        timings = runs_of(known, timing_key(row))
+        timings = runs_of(known, TIMING, row)
         cost = ["1.00" if row == PLAIN else "-"] * 2
         if timings:
             cost = [f"{statistics.median(of[name] for of in timings):.2f}" for name in ("step", "memory")]
@@ -388,16 +384,16 @@ def attack_table(known: dict[str, Any]) -> list[str]:
     for row, way in ROWS.items():
         cells = []
         for task in ATTACKED:
-            found = [entry["attacked"] for entry in runs_of(known, key_of(task, row)) if "attacked" in entry]
+            found = [entry["attacked"] for entry in runs_of(known, task, row) if "attacked" in entry]
             cells += [spread([100 * entry[name] for entry in found]) for name in ("clean", "fgm", "pgd")]
         if way.is_attacked and any(cell != "-" for cell in cells):
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
 
 
-def runs_of(known: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def runs_of(known: dict[str, Any], task: str, row: str) -> list[dict[str, Any]]:
     """Results of all seeds."""
-    return [entry for run, entry in known.items() if run.rpartition(" | ")[0] == key]
+    return [entry for run, entry in known.items() if run.split(" | ")[:2] == [task, row]]
 
 
 def spread(values: list[float]) -> str:
