@@ -299,7 +299,7 @@ class DataConfig:
     threads: int | None = None
     """Threads that read, decode and augment ahead of the device. None: one for texts and images of up to 64 pixels a side, which Python's lock lets only one at a time make; for larger images one a core, at most 4."""
     workers: int | None = None
-    """Images: processes that do that instead, which Python's lock does not hold up. 0: threads do; None: processes where the host has 8 cores or more, one for every two of them, at most 16."""
+    """Images: processes that do that instead, which Python's lock does not hold up. 0: threads do; None: processes where the run may use 8 cores or more, one for every two of them, at most 16."""
     stall_seconds: float = 600.0
     """A batch that is not read in so long ends the run, its state saved."""
     cache_dir: str | None = None

@@ -198,9 +198,14 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "devices": [device.device_kind for device in jax.devices()],
-        "cpu_count": os.cpu_count(),
+        "cpu_count": _cores(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def _cores() -> int | None:
+    """That this process may be scheduled on: XLA divides its sums among as many threads, whatever a container's quota says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def git_revision() -> str | None:

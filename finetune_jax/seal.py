@@ -5,11 +5,11 @@ accidents, not forgery.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import loky
 import numpy as np
 import xxhash
 
@@ -138,7 +138,7 @@ def is_finite(leaf: np.ndarray) -> bool:
 
 def _in_threads(function: Callable[[Any], Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """{name: function(value)}: hashing, reading and summing leave the interpreter to other threads."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, loky.cpu_count())) as pool:
         return dict(zip(values, pool.map(function, values.values()), strict=True))
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import grain
 import jax
+import loky
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,7 +26,7 @@ from finetune_jax.data.augment import ImageAugmentation
 from finetune_jax.data.builders.decode import read_image
 from finetune_jax.data.image import ImageProcessor, to_channels
 from finetune_jax.data.packing import Batching, Epochs, Placement, RowShape, bucket_lengths, packed_shape
-from finetune_jax.data.workers import Crew, cores, workers_of
+from finetune_jax.data.workers import Crew, workers_of
 from finetune_jax.errors import UserError
 from finetune_jax.sharding import place_rows, rows_here
 
@@ -267,7 +268,7 @@ class Unreadable(UserError):
 def threads_for(examples: Examples) -> int:
     """How many threads read best: decoding a large image gives Python's lock away, all else that makes a batch holds it."""
     if isinstance(examples, ImageExamples) and examples.processor.size > SMALL_IMAGE:
-        return min(cores(), MOST_THREADS)
+        return min(loky.cpu_count(), MOST_THREADS)
     return 1
 
 

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import loky
 from loky.process_executor import ProcessPoolExecutor
 
 from finetune_jax import signals
@@ -31,16 +32,12 @@ ORPHAN_SECONDS = 1.0
 """Between a process's looks at whether its run is still there."""
 
 
-def cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def workers_of(asked: int | None) -> int:
-    """How many processes make batches: as many as `data.workers` says, or as suit the cores of this host."""
+    """How many processes make batches: as many as `data.workers` says, or as suit the cores that this one may use."""
     if asked is not None:
         return asked
-    return 0 if cores() < FEW_CORES else min(cores() // 2, MOST)
+    cores = loky.cpu_count()
+    return 0 if cores < FEW_CORES else min(cores // 2, MOST)
 
 
 class Crew:

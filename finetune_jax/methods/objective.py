@@ -2,8 +2,8 @@
 
 A forward pass is a `Run`: (key, offset, still, share, averaged) -> (logits, running averages). A key makes the dropout; the offset is
 added to what the first layer reads (perturbation.py), None adds nothing; with `still` no gradient reaches the parameters; a share mixes
-each example with another (mixing.py); `averaged` takes the moving averages in the place of the parameters. The step differentiates what an objective returns, whatever it called in between, so that
-accumulation, sharding and resume are as ever.
+each example with another (mixing.py); `averaged` takes the moving averages in the place of the parameters. The step differentiates what
+an objective returns, whatever it called in between, so that accumulation, sharding and resume are as ever.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,5 @@
 """Image folders and npz files of images: found, and every image decoded once before anything is kept."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import loky
 import numpy as np
 
 from finetune_jax.data.builders.bad import BadRecords
@@ -230,7 +230,7 @@ def _in_threads(function: Callable[[Any], T], items: Iterable[Any], bad: BadReco
         return [bad.attempt(partial(function, item)) for item in group]
 
     remaining = iter(items)
-    threads = os.cpu_count() or 1
+    threads = loky.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
         while groups := [group for _ in range(2 * threads) if (group := list(islice(remaining, 32)))]:
             for done in pool.map(attempt, groups):
