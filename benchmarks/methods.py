@@ -87,8 +87,8 @@ TASKS = {
     "cifar10, 5,000": TaskRow(
         "cifar10_resnet18.py",
         "accuracy",
-        0.1,
-        ("--data.max-train-examples", "5000", "--train.epochs", "12", *LAST),
+        0.03,
+        ("--data.max-train-examples", "5000", "--train.epochs", "12", "--train.batch-size", "32", *LAST),
         "cifar10",
     ),
     "digits": TaskRow("digits_resnet.py", "accuracy", 0.1, LAST, None),
