@@ -5,6 +5,7 @@ peft has no bottleneck adapters; ours are in the same two files, by our own name
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -320,7 +321,7 @@ def _place(config: PeftConfig, layer: str, name: str) -> tuple[str, Callable[[np
         if name == "lora_b":
             return "lora_B", lambda x: x.T
         to_hf = (CONV if convolution else LINEAR).to_hf
-        return "lora_A", lambda x: to_hf(x).reshape(x.shape[-1], -1)
+        return "lora_A", lambda x: to_hf(x).reshape(x.shape[-1], math.prod(x.shape[:-1]))
     if name == "lora_a":
         return "lora_A.weight", (CONV if convolution else LINEAR).to_hf
     return "lora_B.weight", lambda x: x.T[:, :, None, None] if convolution else x.T

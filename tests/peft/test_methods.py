@@ -47,6 +47,7 @@ METHODS = {
     "ia3": PeftConfig("ia3"),
     "dora": PeftConfig("lora", rank=4, alpha=8.0, dora=True, dropout=0.2),
     "adalora": PeftConfig("adalora", rank=4, alpha=8.0, target_rank=2, prune_every=1, dropout=0.1),
+    "adalora, few values": PeftConfig("adalora", rank=4, target_rank=1, prune_every=1),
     "pfeiffer": PeftConfig("bottleneck", width=4),
     "houlsby": PeftConfig("bottleneck", width=4, placement="houlsby"),
     "prefix": PeftConfig("prefix", virtual_tokens=3),
@@ -367,7 +368,7 @@ def of_method(config, name):
 CASES = [
     *(("text", name) for name in METHODS),
     *(("token", name) for name in ("lora", "prefix", "prompt")),
-    *(("image", name) for name in ("lora", "dora", "adalora", "pfeiffer")),
+    *(("image", name) for name in ("lora", "dora", "adalora", "adalora, few values", "pfeiffer")),
 ]
 
 
@@ -473,6 +474,15 @@ def test_an_adapter_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
     rows = inputs(kind, tmp_path)
     for ours, theirs in zip(logits_of(run, rows), logits_of(tmp_path / "adapter", rows), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_layer_may_have_lost_all_its_values(kind, runs):
+    """What the cases of that name are there for."""
+    weights = saved(runs(kind, "adalora, few values"))[1]["weights"]
+    kept = [np.count_nonzero(weights[f"{layer}/lora_e"]) for layer in layers_of(weights)]
+    assert min(kept) == 0
+    assert sum(kept) == len(kept)
 
 
 def their_logits(model, folder, kind, rows):
