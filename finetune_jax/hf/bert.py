@@ -95,6 +95,6 @@ FAMILY = Family(
     parse=parse,
     head=HEAD,
     optional=r"bert/pooler/.*",
-    # Heads of pre-training and question answering, and buffers that old versions saved.
-    passed_over=r"cls\..*|qa_outputs\.(weight|bias)|(bert\.)?embeddings\.(position_ids|token_type_ids)",
+    passed_over=r"cls\..*|qa_outputs\.(weight|bias)",  # heads of pre-training and question answering
+    buffers=r"(bert\.)?embeddings\.(position_ids|token_type_ids)",  # old versions saved them
 )

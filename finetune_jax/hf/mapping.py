@@ -66,7 +66,9 @@ class Family:
     optional: str
     """Regex of our paths that a checkpoint may lack as a whole, and a model too."""
     passed_over: str
-    """Regex of HF keys that are no parameters of the model, without being a sign of another one."""
+    """Regex of HF keys that are parameters of another head, or of no model of ours, without being a sign of damage."""
+    buffers: str
+    """Regex of HF keys that hold nothing learned; nobody is told of them."""
 
 
 def _regex(template: str) -> re.Pattern[str]:

@@ -46,7 +46,7 @@ class Loaded:
     new: tuple[str, ...]
     """Paths the checkpoint does not fill: they keep their initialisation."""
     unused: tuple[str, ...]
-    """HF keys that were passed over."""
+    """HF keys of weights that were passed over."""
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
@@ -159,6 +159,8 @@ def _place(
     places: Places = {}
     unused, unknown, double = [], [], []
     for key in tensors:
+        if re.fullmatch(family.buffers, key):
+            continue
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
         row = family.names.from_hf(name) or family.names.from_hf(family.prefix + name)
         path = row[0] if row else ""

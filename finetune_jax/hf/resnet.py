@@ -75,5 +75,6 @@ FAMILY = Family(
     parse=parse,
     head=HEAD,
     optional=r"(?!)",
-    passed_over=r".*\.num_batches_tracked",
+    passed_over=r"(?!)",
+    buffers=r".*\.num_batches_tracked",
 )
