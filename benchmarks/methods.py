@@ -109,7 +109,7 @@ ROWS = {
     PLAIN: Row((), tasks=EVERYWHERE, is_attacked=True),
     "LoRA, rank 8": Row(("--peft.method", "lora"), 10),
     "LoRA, rank 8, all layers": Row(
-        ("--peft.method", "lora", "--peft.targets", r"layer/\d+/.*(query|key|value|dense)$"), 5
+        ("--peft.method", "lora", "--peft.targets", r"layer/\d+/.*(query|key|value|dense)$"), 10
     ),
     "DoRA, rank 8": Row(("--peft.method", "lora", "--peft.dora"), 10),
     "AdaLoRA, rank 8 to 4": Row(("--peft.method", "adalora"), 10),
