@@ -25,8 +25,8 @@ def decode_image(data: bytes) -> np.ndarray:
         return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
-def check_image(data: bytes, place: str) -> None:
-    """Decodes an image to see that it can be.
+def check_image(data: bytes, place: str) -> np.ndarray:
+    """`decode_image` of data that may be anything.
 
     Raises:
         UserError: Naming the file, where it is broken, is neither JPEG nor PNG, or is too large.
@@ -36,7 +36,7 @@ def check_image(data: bytes, place: str) -> None:
             width, height = opened.size
         if width * height > MAX_PIXELS:
             raise UserError(f"{place}: {width} x {height} pixels; the limit is {MAX_PIXELS:,} in all")
-        decode_image(data)
+        return decode_image(data)
     except UserError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and its own
@@ -64,5 +64,4 @@ def read_image(path: Path) -> np.ndarray:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    check_image(data, str(path))
-    return decode_image(data)
+    return check_image(data, str(path))
