@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from finetune_jax.config import run_file
 from finetune_jax.data.cache import made_once
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
@@ -124,18 +124,13 @@ def open_function(spec: str) -> tuple[Paraphraser, Path]:
 
 
 def _module(place: str) -> ModuleType:
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
+    if place.endswith(".py"):
         file = Path(os.path.expandvars(place)).expanduser().resolve()
-        spec = importlib.util.spec_from_file_location(f"paraphrase_{file.stem}", file)
-        if spec is None or spec.loader is None or not file.is_file():
+        if not file.is_file():
             raise UserError(f"{KNOB}: there is no file {file}")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except UserError:
-        raise
+        return run_file(file, f"{KNOB}: {place}")
+    try:
+        return importlib.import_module(place)
     except Exception as error:
         raise UserError(f"{KNOB}: {place} cannot be imported: {type(error).__name__}: {error}") from error
 

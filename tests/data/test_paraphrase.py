@@ -148,7 +148,7 @@ def test_functions_that_do_not_give_one_text_each(name, message, functions):
         ("/nowhere/x.py:shout", "there is no file /nowhere/x.py"),
         ("no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError"),
         ("itertools:chain", "itertools has no source file"),
-        ("BROKEN:f", "cannot be imported: SyntaxError"),
+        ("BROKEN:f", "fails: SyntaxError"),
     ],
 )
 def test_functions_that_are_not_there(spec, message, functions, tmp_path):
