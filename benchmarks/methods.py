@@ -112,7 +112,7 @@ ROWS = {
         ("--peft.method", "lora", "--peft.targets", r"layer/\d+/.*(query|key|value|dense)$"), 10
     ),
     "DoRA, rank 8": Row(("--peft.method", "lora", "--peft.dora"), 10),
-    "AdaLoRA, rank 8 to 4": Row(("--peft.method", "adalora"), 10),
+    "AdaLoRA, rank 8 to 4": Row(("--peft.method", "adalora"), 50),
     "(IA)3": Row(("--peft.method", "ia3"), 30),
     "bottleneck, Pfeiffer": Row(("--peft.method", "bottleneck"), 10),
     "bottleneck, Houlsby": Row(("--peft.method", "bottleneck", "--peft.placement", "houlsby"), 10),
