@@ -369,7 +369,7 @@ def table(known: dict[str, Any]) -> list[str]:
         said = f"`{said}`" if said else ""
         rate = "" if way.rate == 1 else f" rate x{way.rate:g}"
         share = shares.get("sst2, 1,000", next(iter(shares.values()), None))
-        share = "-" if share is None else f"{share:.2f}"
+        share = "-" if share is None else f"{share:.3g}"
         if row == PLAIN or any(cell != "-" for cell in (*cells, *cost)):
             lines.append(f"| {row} | {share} | {' | '.join((*cost, *cells))} | {said}{rate} |")
     return lines

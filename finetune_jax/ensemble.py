@@ -31,7 +31,7 @@ def members(
         for what, one, other in _told(first, job):
             if one != other:
                 raise UserError(
-                    f"{model} has {what} {_short(other)}, {models[0]} has {_short(one)}; an ensemble needs models of one kind"
+                    f"{model} has {what} {_short(other)}, {models[0]} has {_short(one)}; all must be of one kind"
                 )
         yield job, weights
         del weights  # before the next model's are placed
