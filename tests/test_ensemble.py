@@ -100,7 +100,7 @@ def test_models_of_another_kind_are_refused(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["predict", "--model", *runs("text"), runs("image")[0], "--input", str(lines_of(tmp_path))])
     assert stop.value.code == 2
-    assert "an ensemble needs models of one kind" in capsys.readouterr().err
+    assert "all must be of one kind" in capsys.readouterr().err
 
 
 def lines_of(folder, rows=None):

@@ -83,7 +83,7 @@ def test_what_makes_no_soup_is_said(runs, tmp_path):
     for chosen, message in (
         (runs[ONE], r"a soup needs at least 2 runs, not 1"),
         ([runs[0], str(tmp_path)], r"is not a run folder"),
-        ([runs[0], str(tmp_path / "token")], r"an ensemble needs models of one kind"),
+        ([runs[0], str(tmp_path / "token")], r"all must be of one kind"),
     ):
         with pytest.raises(UserError, match=message):
             soup(chosen, tmp_path / "out")
