@@ -359,5 +359,8 @@ def _ours(family: Family, method: str, key: str, value: np.ndarray, folder: Path
         return f"{layer}/{name}", made[0, 0] if made.ndim == 4 and name == "lora_b" else made
     row = family.names.from_hf(bare)
     if row is None or not re.fullmatch(family.head, row[0]):
-        raise UserError(f"{folder}: there is no place for the tensor {key}")
+        raise UserError(
+            f"{folder}: a {family.prefix.removesuffix('.')} model has no place for the tensor {key}; is"
+            " base_model_name_or_path of another kind of model?"
+        )
     return row[0], row[1].from_hf(value)

@@ -606,6 +606,15 @@ def test_an_adapter_for_another_model_is_said(runs, tmp_path):
         open_model(str(tmp_path / "adapter"))
 
 
+def test_an_adapter_for_another_kind_of_model_is_said(runs, base, tmp_path):
+    export(runs("image", "lora"), tmp_path / "adapter", adapter=True)
+    file = tmp_path / "adapter/adapter_config.json"
+    fields = json.loads(file.read_text()) | {"base_model_name_or_path": str(base("text"))}
+    file.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"a bert model has no place for the tensor .* another kind of model"):
+        open_model(str(tmp_path / "adapter"))
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
