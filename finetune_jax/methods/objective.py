@@ -125,7 +125,7 @@ class Adversarial:
         loss, weight = self.task.loss(logits, batch)
         start = jax.random.fold_in(key, _START) if self.random_start else None
         offset = climbed(
-            self.perturbation, start, batch, self.steps, lambda o: uphill(self.task, run, batch, key, o)
+            self.perturbation, start, batch, self.steps, lambda o: uphill(self.task, run, batch, key, o, 2)
         )
         attacked, _ = run(key, offset)
         return (loss + self.task.loss(attacked, batch)[0]) / 2, weight, statistics
@@ -144,7 +144,8 @@ class FreeLB:
         logits, statistics = run(key, offset)
         total, weight = self.task.loss(logits, batch)
         for _ in range(self.steps - 1):
-            offset = self.perturbation.ascend(offset, uphill(self.task, run, batch, key, offset), batch)
+            gradient = uphill(self.task, run, batch, key, offset, self.steps)
+            offset = self.perturbation.ascend(offset, gradient, batch)
             total = total + self.task.loss(run(key, offset)[0], batch)[0]
         return total / self.steps, weight, statistics
 
@@ -224,10 +225,17 @@ def climbed(
     return offset
 
 
-def uphill(task: Task, run: Run, batch: DeviceBatch, key: jax.Array, offset: jax.Array) -> jax.Array:
-    """Gradient of the loss by the offset. The forward pass is the one whose loss is learned from, which XLA computes once."""
+def uphill(
+    task: Task, run: Run, batch: DeviceBatch, key: jax.Array, offset: jax.Array, losses: int = 1
+) -> jax.Array:
+    """Gradient by the offset of the loss over the number of losses whose mean is learned from.
+
+    An ascent asks for its direction only. With that factor both the forward pass and the way back through the layers are those of the
+    loss at this offset, if it is among them, and XLA computes them once: a step of FGM takes two passes, one of FreeLB as many as its
+    ascent has steps (`model.scan_layers`: up to half as much more, since XLA merges no loops).
+    """
 
     def loss(offset: jax.Array) -> jax.Array:
-        return task.loss(run(key, offset, still=True)[0], batch)[0]
+        return task.loss(run(key, offset, still=True)[0], batch)[0] / losses
 
     return jax.lax.stop_gradient(jax.grad(loss)(jax.lax.stop_gradient(offset)))

@@ -11,9 +11,11 @@ import torch
 
 from finetune_jax import train as loop
 from finetune_jax.config import MeshConfig, MethodsConfig, OptimConfig
+from finetune_jax.hlo import read_program
 from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Plain, RDrop
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
 from finetune_jax.opening import open_model
+from finetune_jax.plan import Subject
 from finetune_jax.step import make_train_step
 from finetune_jax.tasks.base import cross_entropy
 from tests import tiny
@@ -229,6 +231,21 @@ def test_any_mesh_and_micro_batches_give_the_same(name, tmp_path):
     loop.train(replace(config, mesh=MeshConfig(2, 2, 2, smallest_split=0)), tmp_path / "eight")
     one, eight = ([row["loss"] for row in rows(tmp_path / run)] for run in ("one", "eight"))
     np.testing.assert_allclose(one, eight, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("r_drop", 2), ("fgm", 2), ("freelb", 2), ("pgd", 10 / 3)])
+def test_a_step_takes_the_passes_that_it_learns_from(name, passes, tmp_path):
+    """Two of the three products of a layer's passes are the way back; PGD climbs twice, by a forward pass and half of that way."""
+    plain = config_of("text", tmp_path)
+    sizes = {**tiny.FIELDS, "hidden_size": 64, "intermediate_size": 256}
+    plain = replace(plain, model=replace(plain.model, hf_config=sizes))
+
+    def flops(config):
+        step = Subject.open(config, None).train_step(config, jax.devices()[:1])
+        return read_program(step.program.compile().as_text(), {"data": 1}).flops
+
+    # The norms of an ascent are small products too.
+    assert flops(with_method(plain, name)) == pytest.approx(passes * flops(plain), rel=0.02)
 
 
 @pytest.mark.parametrize(
