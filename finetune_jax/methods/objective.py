@@ -231,8 +231,8 @@ def uphill(
     """Gradient by the offset of the loss over the number of losses whose mean is learned from.
 
     An ascent asks for its direction only. With that factor both the forward pass and the way back through the layers are those of the
-    loss at this offset, if it is among them, and XLA computes them once: a step of FGM takes two passes, one of FreeLB as many as its
-    ascent has steps (`model.scan_layers`: up to half as much more, since XLA merges no loops).
+    loss at this offset, if it is among them, and XLA computes them once: a step of FGM has the matrix products of two passes, one of
+    FreeLB those of as many as its ascent has steps (`model.scan_layers`: up to half as much more, since XLA merges no loops).
     """
 
     def loss(offset: jax.Array) -> jax.Array:
