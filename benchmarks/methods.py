@@ -59,8 +59,8 @@ class Row:
     """A way to fine-tune."""
 
     words: tuple[str, ...]
-    rate: float = 1.0
-    """Learning rate over that of full fine-tuning."""
+    rate: float | None = None
+    """Learning rate, where it is not that of full fine-tuning: what trains few parameters wants its own, whatever the task's."""
     tasks: tuple[str, ...] = ("wnut17", "sst2, 1,000", "sst2", "banking77, 10-shot")
     is_attacked: bool = False
     """Also evaluated under attack, on validation (a step uphill costs three of an evaluation), where the task is."""
@@ -107,21 +107,21 @@ def adversarial(kind: str, *words: str) -> tuple[str, ...]:
 
 ROWS = {
     PLAIN: Row((), tasks=EVERYWHERE, is_attacked=True),
-    "LoRA, rank 8": Row(("--peft.method", "lora"), 10),
+    "LoRA, rank 8": Row(("--peft.method", "lora"), 1e-3),
     "LoRA, rank 8, all layers": Row(
-        ("--peft.method", "lora", "--peft.targets", r"layer/\d+/.*(query|key|value|dense)$"), 10
+        ("--peft.method", "lora", "--peft.targets", r"layer/\d+/.*(query|key|value|dense)$"), 1e-3
     ),
-    "DoRA, rank 8": Row(("--peft.method", "lora", "--peft.dora"), 10),
-    "AdaLoRA, rank 8 to 4": Row(("--peft.method", "adalora"), 50),
-    "(IA)3": Row(("--peft.method", "ia3"), 30),
-    "bottleneck, Pfeiffer": Row(("--peft.method", "bottleneck"), 10),
-    "bottleneck, Houlsby": Row(("--peft.method", "bottleneck", "--peft.placement", "houlsby"), 10),
-    "prefix": Row(("--peft.method", "prefix"), 30),
-    "prefix, re-parametrised": Row(("--peft.method", "prefix", "--peft.prefix-hidden", "128"), 10),
-    "prompt": Row(("--peft.method", "prompt"), 30),
-    "biases (BitFit)": Row(("--model.train", "bias"), 10),
-    "normalisation": Row(("--model.train", "norm"), 10),
-    "head (linear probe)": Row(("--model.train", "head"), 30),
+    "DoRA, rank 8": Row(("--peft.method", "lora", "--peft.dora"), 1e-3),
+    "AdaLoRA, rank 8 to 4": Row(("--peft.method", "adalora"), 5e-3),
+    "(IA)3": Row(("--peft.method", "ia3"), 3e-3),
+    "bottleneck, Pfeiffer": Row(("--peft.method", "bottleneck"), 1e-3),
+    "bottleneck, Houlsby": Row(("--peft.method", "bottleneck", "--peft.placement", "houlsby"), 1e-3),
+    "prefix": Row(("--peft.method", "prefix"), 3e-3),
+    "prefix, re-parametrised": Row(("--peft.method", "prefix", "--peft.prefix-hidden", "128"), 1e-3),
+    "prompt": Row(("--peft.method", "prompt"), 3e-3),
+    "biases (BitFit)": Row(("--model.train", "bias"), 1e-3),
+    "normalisation": Row(("--model.train", "norm"), 1e-3),
+    "head (linear probe)": Row(("--model.train", "head"), 3e-3),
     "layer decay 0.8": Row(("--optim.layer-decay", "0.8")),
     "gradual unfreezing": Row(("--optim.unfreeze-every", "10")),
     "last layer anew": Row(("--model.reinit-layers", "1")),
@@ -204,17 +204,14 @@ def add(file: Path, entry: dict[str, Any]) -> None:
 def words_of(args: Arguments, task: str, row: str, seed: int) -> list[str]:
     """Of the train command, without its run folder and data."""
     data, way = TASKS[task], ROWS[row]
-    rate = f"{data.rate * way.rate:.3g}"
-    words = [
-        "--config",
-        str(HERE.parent / "configs" / data.recipe),
-        "--seed",
-        str(seed),
-        "--optim.learning-rate",
-        rate,
-    ]
-    words += [*data.words, *way.words]
+    words = ["--config", str(HERE.parent / "configs" / data.recipe), "--seed", str(seed)]
+    words += ["--optim.learning-rate", str(data.rate), *data.words, *of_row(way)]
     return words + ([] if args.steps is None else ["--train.steps", str(args.steps)])
+
+
+def of_row(way: Row) -> tuple[str, ...]:
+    """A row's own words, which stand after the task's."""
+    return way.words if way.rate is None else (*way.words, "--optim.learning-rate", str(way.rate))
 
 
 def place_of(args: Arguments, task: str, scratch: Path) -> list[str]:
@@ -365,13 +362,12 @@ def table(known: dict[str, Any]) -> list[str]:
         cost = ["1.00" if row == PLAIN else "-"] * 2
         if timings:
             cost = [f"{statistics.median(of[name] for of in timings):.2f}" for name in ("step", "memory")]
-        said = " ".join(way.words).replace("|", "\\|")
+        said = " ".join(of_row(way)).replace("|", "\\|")
         said = f"`{said}`" if said else ""
-        rate = "" if way.rate == 1 else f" rate x{way.rate:g}"
         share = shares.get("sst2, 1,000", next(iter(shares.values()), None))
         share = "-" if share is None else f"{share:.3g}"
         if row == PLAIN or any(cell != "-" for cell in (*cells, *cost)):
-            lines.append(f"| {row} | {share} | {' | '.join((*cost, *cells))} | {said}{rate} |")
+            lines.append(f"| {row} | {share} | {' | '.join((*cost, *cells))} | {said} |")
     return lines
 
 
