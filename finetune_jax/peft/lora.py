@@ -40,8 +40,10 @@ class LoraLinear(Linear):
         """What is added."""
         if key is not None and self.rate:
             key = jax.random.fold_in(key, self.salt)
-        narrow = jnp.dot(dropout(x, self.rate, key).astype(self.dtype), self.lora_a[...].astype(self.dtype))
-        return jnp.dot(self.between(narrow), self.lora_b[...].astype(self.dtype)) * self.scale
+        narrow = rows_times(
+            dropout(x, self.rate, key).astype(self.dtype), self.lora_a[...].astype(self.dtype)
+        )
+        return rows_times(self.between(narrow), self.lora_b[...].astype(self.dtype)) * self.scale
 
     def between(self, narrow: jax.Array) -> jax.Array:
         """What happens to the `rank` numbers on their way."""
@@ -73,6 +75,16 @@ class LoraConv(Conv):
     def between(self, narrow: jax.Array) -> jax.Array:
         """What happens to the `rank` numbers on their way."""
         return narrow
+
+
+def rows_times(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` over the last axis of x, all others as one.
+
+    Over several axes XLA for CPU turns round what a thin kernel's gradient is a product of, and computes the activation function anew
+    for each number on the way: a step of LoRA in all layers of MiniLM took half as long again.
+    """
+    rows = jnp.dot(x.reshape(-1, x.shape[-1]), kernel)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
