@@ -144,7 +144,11 @@ class Embed(nnx.Module):
         self.frozen_row = frozen_row
 
     def __call__(self, ids_BxL: jax.Array) -> jax.Array:
-        x_BxLxD = jnp.take(self.embedding[...], ids_BxL, axis=0, mode="fill").astype(jnp.float32)
+        table = self.embedding[...]
+        # Not by mode="fill", whose check XLA rewrites in its own way in each pass of a step, so that equal passes stay two.
+        is_row_BxLx1 = ((ids_BxL >= 0) & (ids_BxL < table.shape[0]))[:, :, None]
+        x_BxLxD = jnp.take(table, ids_BxL, axis=0, mode="clip").astype(jnp.float32)
+        x_BxLxD = jnp.where(is_row_BxLx1, x_BxLxD, jnp.nan)
         if self.frozen_row is None:
             return x_BxLxD
         frozen_BxLx1 = (ids_BxL == self.frozen_row)[:, :, None]
