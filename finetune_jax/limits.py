@@ -118,6 +118,7 @@ def validate(config: Config) -> Config:
     _check_averages(config.methods)
     _check_adversarial(config.methods)
     _check_peft(config)
+    _check_reinit(config)
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
             f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"
@@ -355,4 +356,18 @@ def _check_peft(config: Config) -> None:
     if config.peft.method != "none" and config.model.train == "head":
         raise UserError(
             f"model.train head would leave peft.method {config.peft.method} untrained; leave one of them out"
+        )
+
+
+def _check_reinit(config: Config) -> None:
+    """
+    Raises:
+        UserError: Layers from random weights that nothing trains.
+    """
+    model, method = config.model, config.peft.method
+    if model.reinit_layers and (model.train != "all" or method != "none"):
+        other = f"peft.method {method}" if method != "none" else f"model.train {model.train}"
+        raise UserError(
+            f"model.reinit-layers {model.reinit_layers} and {other} exclude each other: layers that start from random weights would"
+            " not be trained; leave one of them out"
         )
