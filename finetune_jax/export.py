@@ -102,8 +102,8 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
     if base is None:
         raise UserError(f"{run} began with random weights, for which nobody else can use an adapter; {whole}")
     family = FAMILIES[job.family]
-    new = load_params(base, job.own_weights, replace_head=True).new
-    new = [path for path in new if not re.fullmatch(family.head, path)]
+    own = load_params(base, job.own_weights, replace_head=True)
+    new = [path for path in own.new if not re.fullmatch(family.head, path)]
     if new:
         raise UserError(f"{base.source} has no {', '.join(new)}: an adapter would lack them too; {whole}")
     host = jax.device_get(weights)
@@ -111,7 +111,8 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
         family, host, job.peft, base.source, job.task.architecture, job.model_config, step
     )
     fields["revision"] = saved.model.revision
-    files.save_tensors(folder, tensors, hf_format.WEIGHTS_FILE)
+    digest = {hf_format.BASE_DIGEST: hf_format.digest_of(own.params)}
+    files.save_tensors(folder, tensors, hf_format.WEIGHTS_FILE, **digest)
     (folder / hf_format.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 

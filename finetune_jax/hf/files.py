@@ -219,6 +219,10 @@ class Tensors(Mapping[str, np.ndarray]):
             raise UserError(f"{path} is absent or damaged: {error}") from error
         return self._files[name].keys()
 
+    def metadata(self, name: str) -> dict[str, str]:
+        """What a file says of itself beside its tensors."""
+        return self._files[name].metadata() or {}
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return tuple(self._files[self._file_of[key]].get_slice(key).get_shape())
@@ -265,8 +269,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str = WEIGHTS) -> None:
+def save_tensors(
+    folder: Path, tensors: Mapping[str, np.ndarray], name: str = WEIGHTS, **metadata: str
+) -> None:
     """Writes a file of safetensors as transformers wants it (it refuses a file that does not say its format)."""
     # Not np.ascontiguousarray: it makes a vector of a scalar.
     contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
-    save_file(contiguous, folder / name, metadata={"format": "pt"})
+    save_file(contiguous, folder / name, metadata={"format": "pt", **metadata})

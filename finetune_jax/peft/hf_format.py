@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 
 from finetune_jax.config import PeftConfig
 from finetune_jax.errors import UserError
@@ -21,9 +22,12 @@ from finetune_jax.hf.mapping import CONV, LINEAR, Family, Transform
 from finetune_jax.peft.adalora import phases, rank_pattern
 from finetune_jax.peft.install import ADDED, WORDS, adapted, lengths, scales_input
 from finetune_jax.peft.prompt import numbers
+from finetune_jax.seal import digest_array
 from finetune_jax.tree import Flat
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+BASE_DIGEST = "finetune_jax_base"
+"""Where the file of weights says what `digest_of` gave for the model: peft asks nothing of a file's metadata, and warns of a field."""
 PREFIX = "base_model.model."
 PROMPT_PREFIX = "base_model."
 KINDS = {
@@ -59,6 +63,8 @@ class Adapter:
     """Hub id or folder of the model that it is for."""
     params: dict[str, np.ndarray]
     """By our path: what the method adds, and the head. DoRA's lengths are whole."""
+    base_digest: str | None
+    """`digest_of` the model that it was trained on; None where nobody wrote it down, as in what `peft` writes."""
 
     def on(self, base: Mapping[str, np.ndarray]) -> Flat:
         """The parameters as our layers have them beside these weights of the model."""
@@ -74,6 +80,12 @@ class Adapter:
                 height, width, c_in, _ = kernel.shape  # AdaLoRA's of a convolution are flat there
                 found[path] = value.reshape(c_in, height, width, -1).transpose(1, 2, 0, 3)
         return found
+
+
+def digest_of(base: Mapping[str, np.ndarray]) -> str:
+    """XXH3 (128 bits) of a model's own weights without the head: by it an adapter knows the model that it was trained on."""
+    lines = [f"{path} {digest_array(np.asarray(base[path], np.float32))}" for path in sorted(base)]
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
 
 
 def adapter_files(
@@ -209,6 +221,7 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
         UserError: Of another method or with a choice that we do not have, or with a tensor without a place.
     """
     fields = read_json(folder / CONFIG_FILE)
+    source = fields.get("base_model_name_or_path")
     kinds = {kind: method for method, kind in KINDS.items()}
     method = kinds.get(str(fields.get("peft_type")))
     if method is None:
@@ -230,6 +243,7 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
     params: dict[str, np.ndarray] = {}
     forward = set()
     with Tensors(folder, WEIGHTS_FILE) as tensors:
+        digest = tensors.metadata(WEIGHTS_FILE).get(BASE_DIGEST)
         for key in tensors:
             path, value = _ours(family, method, key, tensors[key], folder)
             params[path] = value
@@ -240,7 +254,8 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
         raise UserError(f"{folder}: {WEIGHTS_FILE} has no layer of the method")
     config = PeftConfig(method=method)  # pyright: ignore[reportArgumentType]
     if method in _VECTORS:
-        return _adapter(dataclasses.replace(config, virtual_tokens=len(params[added[0]])), fields, params)
+        config = dataclasses.replace(config, virtual_tokens=len(params[added[0]]))
+        return Adapter(config, source, params, digest)
     config = dataclasses.replace(config, targets=_exactly({path.rpartition("/")[0] for path in added}))
     if method == "bottleneck":
         widths = [params[path].shape[-1] for path in added if path.endswith("/adapter_down")]
@@ -259,11 +274,7 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
         )
         if method == "adalora":
             params = _widened(params, config.rank)
-    return _adapter(config, fields, params)
-
-
-def _adapter(config: PeftConfig, fields: Mapping[str, Any], params: dict[str, np.ndarray]) -> Adapter:
-    return Adapter(config, fields.get("base_model_name_or_path"), params)
+    return Adapter(config, source, params, digest)
 
 
 def _widened(params: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:

@@ -1,7 +1,10 @@
 """Methods that add parameters: their papers' equations, the start, resume, merging, and Hugging Face's peft both ways."""
 
 import dataclasses
+import inspect
 import json
+import re
+import shutil
 import warnings
 
 import jax
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from finetune_jax import train as loop
@@ -19,7 +23,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.export import export
 from finetune_jax.models.bert import BertConfig, Output
 from finetune_jax.models.layers import Conv, Linear
-from finetune_jax.opening import open_model
+from finetune_jax.opening import open_adapters, open_model
 from finetune_jax.peft.adalora import budget, layers_of, orthogonality, pruned
 from finetune_jax.peft.bottleneck import HoulsbyOutput, PfeifferOutput
 from finetune_jax.peft.dora import DoraLinear
@@ -485,6 +489,22 @@ def test_a_layer_may_have_lost_all_its_values(kind, runs):
     assert sum(kept) == len(kept)
 
 
+def theirs_from(kind, folder):
+    """The model in torch. peft 0.21 asks by name for the argument through which a prefix comes in, which transformers 5.24 has renamed:
+    here it has both names.
+    """
+    model = AUTO[kind].from_pretrained(folder)
+    forward = model.bert.forward
+    if "past_key_values" in inspect.signature(forward).parameters:
+        return model
+
+    def renamed(*positional, past_key_values=None, **named):
+        return forward(*positional, cache=past_key_values, **named)
+
+    model.bert.forward = renamed
+    return model
+
+
 def their_logits(model, folder, kind, rows):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []
@@ -509,7 +529,7 @@ def test_what_cannot_be_merged_is_said(name, runs, tmp_path):
 def test_peft_opens_what_we_write(kind, name, runs, base, tmp_path):
     run = runs(kind, name)
     export(run, tmp_path / "adapter", adapter=True)
-    model = AUTO[kind].from_pretrained(base(kind))
+    model = theirs_from(kind, base(kind))
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     rows = inputs(kind, tmp_path)
     theirs = their_logits(adapted, base(kind), kind, rows)
@@ -556,7 +576,7 @@ def test_peft_opens_what_we_write(kind, name, runs, base, tmp_path):
 def test_we_open_what_peft_writes(kind, config, base, tmp_path):
     torch.manual_seed(0)
     task = "SEQ_CLS" if kind == "text" else "TOKEN_CLS"
-    model = peft.get_peft_model(AUTO[kind].from_pretrained(base(kind)), config(task)).eval()
+    model = peft.get_peft_model(theirs_from(kind, base(kind)), config(task)).eval()
     for name, value in model.named_parameters():
         if "ia3" in name or "modules_to_save" in name or "magnitude" in name:
             torch.nn.init.normal_(value, 1.0, 0.3)
@@ -606,6 +626,21 @@ def test_an_adapter_for_another_model_is_said(runs, tmp_path):
         open_model(str(tmp_path / "adapter"))
 
 
+def test_an_adapter_for_a_model_of_other_weights_is_said(runs, base, tmp_path):
+    """The same sizes, one number changed; the model itself by another name is the model."""
+    for name in ("same", "other"):
+        shutil.copytree(base("text"), tmp_path / name)
+    weights = load_file(tmp_path / "other/model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][3, 5] += 1.0
+    save_file(weights, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    export(runs("text", "lora"), tmp_path / "adapter", adapter=True)
+    adapters = {"a": str(tmp_path / "adapter")}
+    assert list(open_adapters(str(tmp_path / "same"), adapters)) == ["a"]
+    trained_on = re.escape(str(base("text")))
+    with pytest.raises(UserError, match=rf"another model than .*other: it was trained on {trained_on}"):
+        open_adapters(str(tmp_path / "other"), adapters)
+
+
 def test_an_adapter_for_another_kind_of_model_is_said(runs, base, tmp_path):
     export(runs("image", "lora"), tmp_path / "adapter", adapter=True)
     file = tmp_path / "adapter/adapter_config.json"
@@ -633,6 +668,8 @@ def test_an_adapter_for_another_kind_of_model_is_said(runs, base, tmp_path):
         ("image", {"peft": {"method": "prefix"}, "model": {"batch_norm": "frozen"}}, "peft.method prefix is not for family resnet; it has lora"),
         ("text", {"peft": {"rank": 4}}, "peft.method is none, other fields of peft are set"),
         ("text", {"peft": {"method": "ia3"}, "model": {"train": "head"}}, "model.train head would leave peft.method ia3 untrained"),
+        ("text", {"peft": {"method": "ia3"}, "model": {"reinit_layers": 1}}, "model.reinit-layers 1 and peft.method ia3 exclude each other"),
+        ("text", {"model": {"train": "bias", "reinit_layers": 1}}, "model.reinit-layers 1 and model.train bias exclude each other"),
         ("text", {"peft": {"method": "lora", "dropout": 1.0}}, "peft.dropout is 1.0, must be from 0 to 0.999"),
     ],
 )  # fmt: skip
