@@ -11,7 +11,7 @@ on validation on wnut17.
 
 times steps instead, alone on the machine, for step time and peak memory over those of plain runs before and after every few rows; here
 a seed is a round.
-`--write FILE` puts the tables between <!-- methods -->, <!-- attacks --> and their <!-- end --> of a page.
+`--write FILE` puts the tables between <!-- tasks -->, <!-- methods -->, <!-- attacks --> and their <!-- end --> of a page.
 """
 
 import itertools
@@ -205,8 +205,13 @@ def words_of(args: Arguments, task: str, row: str, seed: int) -> list[str]:
     """Of the train command, without its run folder and data."""
     data, way = TASKS[task], ROWS[row]
     words = ["--config", str(HERE.parent / "configs" / data.recipe), "--seed", str(seed)]
-    words += ["--optim.learning-rate", str(data.rate), *data.words, *of_row(way)]
+    words += [*of_task(data), *of_row(way)]
     return words + ([] if args.steps is None else ["--train.steps", str(args.steps)])
+
+
+def of_task(data: TaskRow) -> tuple[str, ...]:
+    """A task's own words."""
+    return "--optim.learning-rate", str(data.rate), *data.words
 
 
 def of_row(way: Row) -> tuple[str, ...]:
@@ -345,6 +350,15 @@ def time_all(args: Arguments) -> None:
                     print(json.dumps(entry), flush=True)
 
 
+def task_table() -> list[str]:
+    """What a row's words stand after, for each column of scores."""
+    lines = ["| column | command, before the row's words |", "|---|---|"]
+    for task, data in TASKS.items():
+        words = " ".join(of_task(data))
+        lines.append(f"| {task} | `finetune-jax train --config configs/{data.recipe} {words}` |")
+    return lines
+
+
 def table(known: dict[str, Any]) -> list[str]:
     """Means over the seeds, and their standard errors."""
     lines = [
@@ -411,7 +425,8 @@ def main(args: Arguments) -> None:
     if not args.show:
         time_all(args) if args.timing else run_all(args)
     known = read(args.results)
-    for name, lines in (("methods", table(known)), ("attacks", attack_table(known))):
+    tables = {"tasks": task_table(), "methods": table(known), "attacks": attack_table(known)}
+    for name, lines in tables.items():
         print("\n".join(lines), end="\n\n")
         if args.write is not None:
             put(args.write, name, "\n".join(lines) + "\n")

@@ -221,7 +221,8 @@ def test_the_table_of_methods(tmp_path):
     """Two rows by one step each; what has a line is not run again, and the page has what there is."""
     write_reviews(tmp_path)
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
-    page.write_text("<!-- methods -->\n<!-- end -->\n<!-- attacks -->\n<!-- end -->\n", encoding="utf-8")
+    places = [f"<!-- {name} -->\n<!-- end -->\n" for name in ("tasks", "methods", "attacks")]
+    page.write_text("".join(places), encoding="utf-8")
     words = ["--data", tmp_path, "--results", results, "--tasks", "sst2, 1,000", "--seeds", 0, "--steps", 1]
     run("methods.py", *words, "--rows", "full fine-tuning")
     run("methods.py", *words, "--rows", "full fine-tuning", "LoRA, rank 8", "--jobs", 2, "--write", page)
@@ -233,7 +234,7 @@ def test_the_table_of_methods(tmp_path):
     assert set(json.loads(lines[0])["attacked"]) == {"clean", "fgm", "pgd"}
     rows = [line.split(" | ") for line in page.read_text("utf-8").splitlines() if line.startswith("| LoRA")]
     assert 0 < float(rows[0][1]) < 3
-    assert rows[0][-1].startswith("`--peft.method lora`")
+    assert rows[0][-1].startswith("`--peft.method lora --optim.learning-rate 0.001`")
     run("methods.py", *words, "--rows", "LoRA, rank 8", "--timing")
     timing = json.loads(results.read_text("utf-8").splitlines()[-1])
     assert timing["run"] == "timing | LoRA, rank 8 | 0"
