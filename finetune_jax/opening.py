@@ -176,7 +176,7 @@ def _with_adapter(
         raise UserError(
             f"{where} is an adapter for another model than {checkpoint.source}: {'; '.join(wrong[:4])}"
         )
-    if adapter.base_digest not in (None, hf_format.digest_of(own.params)):
+    if adapter.base_digest is not None and adapter.base_digest != hf_format.digest_of(own.params):
         raise UserError(
             f"{where} is an adapter for another model than {checkpoint.source}: it was trained on {adapter.base}, whose weights"
             " differ; name that one"
