@@ -221,7 +221,6 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
         UserError: Of another method or with a choice that we do not have, or with a tensor without a place.
     """
     fields = read_json(folder / CONFIG_FILE)
-    source = fields.get("base_model_name_or_path")
     kinds = {kind: method for method, kind in KINDS.items()}
     method = kinds.get(str(fields.get("peft_type")))
     if method is None:
@@ -249,32 +248,45 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
             params[path] = value
             if path.endswith("/ia3") and tensors.shape(key)[0] == 1:
                 forward.add(path.removesuffix("/ia3"))
+    config = _config_of(method, fields, params, forward, folder)
+    if method == "adalora":
+        params = _widened(params, config.rank)
+    return Adapter(config, fields.get("base_model_name_or_path"), params, digest)
+
+
+def _config_of(
+    method: str,
+    fields: Mapping[str, Any],
+    params: Mapping[str, np.ndarray],
+    forward: Iterable[str],
+    folder: Path,
+) -> PeftConfig:
+    """What the fields and the shapes of the tensors say; `forward` are the layers of which (IA)3 scales the input.
+
+    Raises:
+        UserError: No tensor is of the method, or a field is no number.
+    """
+    config = PeftConfig(method=method)  # pyright: ignore[reportArgumentType]
     added = [path for path in params if re.fullmatch(ADDED, path)]
     if not added:
         raise UserError(f"{folder}: {WEIGHTS_FILE} has no layer of the method")
-    config = PeftConfig(method=method)  # pyright: ignore[reportArgumentType]
     if method in _VECTORS:
-        config = dataclasses.replace(config, virtual_tokens=len(params[added[0]]))
-        return Adapter(config, source, params, digest)
+        return dataclasses.replace(config, virtual_tokens=len(params[added[0]]))
     config = dataclasses.replace(config, targets=_exactly({path.rpartition("/")[0] for path in added}))
     if method == "bottleneck":
         widths = [params[path].shape[-1] for path in added if path.endswith("/adapter_down")]
         placement = "houlsby" if fields.get("placement") == "houlsby" else "pfeiffer"
-        config = dataclasses.replace(config, width=widths[0] if widths else 1, placement=placement)
-    elif method == "ia3":
-        config = dataclasses.replace(config, feedforward=_exactly(forward) or ("(?!)",))
-    else:
-        config = dataclasses.replace(
-            config,
-            rank=_number(fields, "r" if method == "lora" else "init_r", 8, folder),
-            alpha=float(_number(fields, "lora_alpha", 8, folder)),
-            dropout=float(_number(fields, "lora_dropout", 0.0, folder)),
-            rslora=method == "lora" and fields.get("use_rslora") is True,
-            dora=method == "lora" and fields.get("use_dora") is True,
-        )
-        if method == "adalora":
-            params = _widened(params, config.rank)
-    return Adapter(config, source, params, digest)
+        return dataclasses.replace(config, width=widths[0] if widths else 1, placement=placement)
+    if method == "ia3":
+        return dataclasses.replace(config, feedforward=_exactly(forward) or ("(?!)",))
+    return dataclasses.replace(
+        config,
+        rank=_number(fields, "r" if method == "lora" else "init_r", 8, folder),
+        alpha=float(_number(fields, "lora_alpha", 8, folder)),
+        dropout=float(_number(fields, "lora_dropout", 0.0, folder)),
+        rslora=method == "lora" and fields.get("use_rslora") is True,
+        dora=method == "lora" and fields.get("use_dora") is True,
+    )
 
 
 def _widened(params: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
