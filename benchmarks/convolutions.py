@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 
-from finetune_jax.__main__ import ask_for_huge_pages
+from finetune_jax.environment import ask_for_huge_pages
 
 CASES = {
     "7x7, stride 2, 3 to 64, 224x224": (16, 224, 3, 64, 7, 2),

@@ -28,7 +28,7 @@ import numpy as np
 import tyro
 from pages import put
 
-from finetune_jax.__main__ import ask_for_huge_pages
+from finetune_jax.environment import ask_for_huge_pages
 
 RESNET18 = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
 RESNET50 = {"hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3], "layer_type": "bottleneck"}

@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 from pages import put
 
-from finetune_jax.__main__ import ask_for_huge_pages
+from finetune_jax.environment import ask_for_huge_pages
 
 OURS, PIPELINE, SORTED = "finetune_jax", "pipeline", "pipeline, sorted by length"
 VERSIONS = ("jax", "flax", "torch", "transformers", "tokenizers", "pillow")

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from finetune_jax.config import nearest
+from finetune_jax.environment import deepen_compiler_stacks
 from finetune_jax.errors import UserError
 
 GB = 10**9
@@ -124,6 +125,7 @@ def prepare_environment() -> None:
         ("TF_CPP_MIN_LOG_LEVEL", "3"),
     ):
         os.environ.setdefault(name, value)
+    deepen_compiler_stacks()
 
 
 def devices_of(target: Target) -> list[Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "finetune_jax"
 FLOORS = [
-    {"errors", "signals", "storage", "__init__"},
+    {"errors", "signals", "storage", "environment", "__init__"},
     {
         "models",
         "metrics",

@@ -3,7 +3,6 @@
 import ast
 import inspect
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 
-from finetune_jax import __main__ as program
 from finetune_jax import cli
 from finetune_jax import config as config_module
 from finetune_jax.config import Config, field_paths, from_dict, load_recipe, to_dict
@@ -310,30 +308,3 @@ def test_logits_of_predictions_are_the_models(run, tmp_path):
         alone = predict(job, weights, [row], logits=True)[0]
         np.testing.assert_allclose(made["logits"], alone["logits"], atol=1e-5)
     assert predict(job, weights, []) == []
-
-
-@pytest.mark.parametrize(
-    ("kernel", "set_already", "again"),
-    [
-        ("always [madvise] never", None, True),
-        ("[always] madvise never", None, False),
-        ("always [madvise] never", "x", False),
-    ],
-)
-def test_huge_pages_are_asked_for_where_they_are_given(monkeypatch, tmp_path, kernel, set_already, again):
-    file = tmp_path / "enabled"
-    file.write_text(kernel)
-    monkeypatch.setattr(program, "_HUGE_PAGES", file)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv(program.TUNABLES, raising=False)
-    if set_already:
-        monkeypatch.setenv(program.TUNABLES, set_already)
-    started = []
-    monkeypatch.setattr(os, "execv", lambda *words: started.append(words))
-    program.ask_for_huge_pages()
-    assert bool(started) == again
-    if again:
-        assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
-        assert "hugetlb=1" in os.environ[program.TUNABLES]
-    else:
-        assert os.environ.get(program.TUNABLES) == set_already

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from finetune_jax import environment
 from finetune_jax.config import MeshConfig, load_recipe
 from finetune_jax.plan import Workload, plan
 from tests.test_plan import of, recipe
@@ -82,6 +83,8 @@ def compilers(monkeypatch):
     for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    monkeypatch.setenv(environment.LIBTPU_FLAGS, "")
+    environment.deepen_compiler_stacks()
     # What is asked here (does it compile, what moves between devices, which FLOPs) does not need the best of kernels, and a BERT
     # layer takes the TPU compiler 18 s instead of 109 s.
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
@@ -135,6 +138,17 @@ def test_every_recipe_compiles_for_its_machines(name, target):
 def test_every_recipe_compiles_whole(name, target):
     config, workload = shipped(name, layers=None)
     ((estimate, _),) = plan(config, [target], workload=workload)
+    keeps_the_theory(estimate)
+
+
+@pytest.mark.parametrize("target", [on("v5e:1x1")])
+def test_frozen_layers_do_not_fill_the_compilers_stacks(target):
+    """With the stacks that it has by itself the compiler ends the process, at this width of BERT."""
+    config, _ = shipped("sst2", layers=1)
+    model = dataclasses.replace(config.model, train="head", dtype="bfloat16")
+    data = dataclasses.replace(config.data, batching="padded")
+    config = dataclasses.replace(config, model=model, data=data)
+    ((estimate, _),) = plan(config, [target], workload=Workload(1000, 128, 2))
     keeps_the_theory(estimate)
 
 
