@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from finetune_jax.compiling import compiling_all
+from finetune_jax.compiling import collected, compiling_all
 from finetune_jax.config import Config
 from finetune_jax.data.features import CachedFeatures
 from finetune_jax.data.pipeline import Batches, Examples, Reading
@@ -61,7 +61,7 @@ class Programs:
 
     def wait(self) -> tuple[dict[int, Any], float]:
         """The train steps by length of rows, and the seconds since all began; the forward steps are ready too."""
-        compiled = {name: future.result() for name, future in self._compiling.items()}
+        compiled = collected(self._compiling)
         for kind, forwards in (("logits", self.forwards), ("features", self._backbones)):
             for split, forward in forwards.items():
                 forward.compiled = {name[2]: p for name, p in compiled.items() if name[:2] == (kind, split)}

@@ -1,7 +1,10 @@
 """What a run costs and what it waits for: the split of its time, its trace, its compile cache, a word on late compilations."""
 
+import ctypes
 import json
+import mmap
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +101,23 @@ def test_programs_are_compiled_by_name():
     shape = jax.ShapeDtypeStruct((2,), jnp.float32)
     programs = compile_all({n: jax.jit(lambda x, n=n: x + float(n)).lower(shape) for n in (1, 2, 3)})
     assert {n: float(program(jnp.zeros(2))[0]) for n, program in programs.items()} == {1: 1, 2: 2, 3: 3}
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another allocator than glibc's")
+def test_what_compiling_freed_is_the_systems_again():
+    blocks = [
+        np.zeros(12_000) for _ in range(1000)
+    ]  # of 96 kB each: the allocator keeps what is smaller than 128
+    kept = blocks[::50]  # so that it has holes
+    blocks.clear()
+    before = resident_bytes()
+    compiling.collected({})
+    assert before - resident_bytes() > 60e6
+    assert len(kept) == 20
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_the_cache_is_made_unless_jax_has_one_or_none_is_wanted(tmp_path, monkeypatch):
