@@ -38,8 +38,10 @@ def deepen_compiler_stacks() -> None:
     on ResNet-50 for v6e. What the variable says already stays, its stack size too.
     """
     said = os.environ.get(LIBTPU_FLAGS, "")
+    if _STACK_FLAG in said:
+        return
     package = importlib.util.find_spec("libtpu")
-    if _STACK_FLAG in said or package is None or package.origin is None:
+    if package is None or package.origin is None:
         return
     # A flag that it does not know ends the process.
     if _contains(Path(package.origin).with_name("libtpu.so"), _STACK_FLAG.encode()):

@@ -105,9 +105,7 @@ def test_programs_are_compiled_by_name():
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another allocator than glibc's")
 def test_what_compiling_freed_is_the_systems_again():
-    blocks = [
-        np.zeros(12_000) for _ in range(1000)
-    ]  # of 96 kB each: the allocator keeps what is smaller than 128
+    blocks = [np.zeros(12_000) for _ in range(1000)]  # 96 kB each: below 128 the allocator keeps them
     kept = blocks[::50]  # so that it has holes
     blocks.clear()
     before = resident_bytes()
