@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 PLAIN = "full fine-tuning"
 USUAL_SEEDS = 3
 TIMING = "timing"
+NOT_RUN = "not run"
 TIMED_STEPS = 15
 BETWEEN = 4
 """Rows that are timed between two plain runs."""
@@ -360,7 +361,7 @@ def task_table() -> list[str]:
 
 
 def table(known: dict[str, Any]) -> list[str]:
-    """Means over the seeds, and their standard errors."""
+    """Means over the seeds, and their standard errors, of the rows that anything is known of."""
     lines = [
         f"| way | trained, % | step time | memory | {' | '.join(TASKS)} | words |",
         "|---" * (len(TASKS) + 5) + "|",
@@ -371,16 +372,16 @@ def table(known: dict[str, Any]) -> list[str]:
             found = runs_of(known, task, row)
             if found:
                 shares[task] = 100 * found[0]["trained"] / found[0]["total"]
-            cells.append(spread([100 * entry["score"] for entry in found]))
+            cells.append(cell(way, task, [100 * entry["score"] for entry in found]))
         timings = runs_of(known, TIMING, row)
-        cost = ["1.00" if row == PLAIN else "-"] * 2
+        cost = ["1.00" if row == PLAIN else NOT_RUN] * 2
         if timings:
             cost = [f"{statistics.median(of[name] for of in timings):.2f}" for name in ("step", "memory")]
         said = " ".join(of_row(way)).replace("|", "\\|")
         said = f"`{said}`" if said else ""
         share = shares.get("sst2, 1,000", next(iter(shares.values()), None))
-        share = "-" if share is None else f"{share:.3g}"
-        if row == PLAIN or any(cell != "-" for cell in (*cells, *cost)):
+        share = NOT_RUN if share is None else f"{share:.3g}"
+        if row == PLAIN or shares or timings:
             lines.append(f"| {row} | {share} | {' | '.join((*cost, *cells))} | {said} |")
     return lines
 
@@ -392,11 +393,16 @@ def attack_table(known: dict[str, Any]) -> list[str]:
         "|---" * (1 + 3 * len(ATTACKED)) + "|",
     ]
     for row, way in ROWS.items():
-        cells = []
+        if not way.is_attacked:
+            continue
+        cells, seen = [], 0
         for task in ATTACKED:
             found = [entry["attacked"] for entry in runs_of(known, task, row) if "attacked" in entry]
-            cells += [spread([100 * entry[name] for entry in found]) for name in ("clean", "fgm", "pgd")]
-        if way.is_attacked and any(cell != "-" for cell in cells):
+            seen += len(found)
+            cells += [
+                cell(way, task, [100 * entry[name] for entry in found]) for name in ("clean", "fgm", "pgd")
+            ]
+        if seen:
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
 
@@ -406,10 +412,15 @@ def runs_of(known: dict[str, Any], task: str, row: str) -> list[dict[str, Any]]:
     return [entry for run, entry in known.items() if run.split(" | ")[:2] == [task, row]]
 
 
+def cell(way: Row, task: str, values: list[float]) -> str:
+    """What the seeds gave; a dash where the row has no place in the task."""
+    if values:
+        return spread(values)
+    return NOT_RUN if task in way.tasks else "-"
+
+
 def spread(values: list[float]) -> str:
     """Mean, its standard error, and the number of seeds where it is not the usual one."""
-    if not values:
-        return "-"
     text = f"{statistics.fmean(values):.2f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"

@@ -234,6 +234,7 @@ def test_the_table_of_methods(tmp_path):
     assert set(json.loads(lines[0])["attacked"]) == {"clean", "fgm", "pgd"}
     rows = [line.split(" | ") for line in page.read_text("utf-8").splitlines() if line.startswith("| LoRA")]
     assert 0 < float(rows[0][1]) < 3
+    assert [rows[0][4], rows[0][9]] == ["not run", "-"]
     assert rows[0][-1].startswith("`--peft.method lora --optim.learning-rate 0.001`")
     run("methods.py", *words, "--rows", "LoRA, rank 8", "--timing")
     timing = json.loads(results.read_text("utf-8").splitlines()[-1])
