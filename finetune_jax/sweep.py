@@ -10,19 +10,23 @@ from typing import Any
 import jax
 
 from finetune_jax import metrics
-from finetune_jax.checkpoint import DIRECTORY
+from finetune_jax.checkpoint import DIRECTORY, Checkpoints
 from finetune_jax.config import Config, field_paths, from_dict, nearest, run_file, to_dict
 from finetune_jax.errors import UserError
+from finetune_jax.job import open_pretrained, open_source
 from finetune_jax.limits import validate
 from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
-from finetune_jax.storage import in_bucket, make, place, remove, write_json
-from finetune_jax.tasks import TASKS
-from finetune_jax.train import Diverged, Pruned, train
+from finetune_jax.storage import hold, in_bucket, make, place, remove, write_json
+from finetune_jax.train import Diverged, OnEvaluation, Pruned, Stopped, deciding_metric, train
 from finetune_jax.writers import say
 
 STUDY_FILE, SUMMARY_FILE = "study.db", "sweep.json"
 _NAME = "sweep"
+_CAME_TO_NOTHING = "came to nothing"
+"""Attribute of a trial that an error ended."""
+_AS_JSON = ("model.hf-config",)
+"""Fields that are one word on the command line although they hold several."""
 _FIRST_TRIALS = 5
 """Trials before the first that may be pruned: fewer say too little of what is usual."""
 
@@ -56,7 +60,8 @@ def sweep(
         What sweep.json holds: metric, best trial, all trials.
 
     Raises:
-        UserError: The space, its values or the folder cannot be used, or Optuna is missing.
+        UserError: The space, its values or the folder cannot be used, Optuna is missing, or what `train` says of a trial: the
+            same command tries that one again, once where it had saved nothing.
         Stopped: The same command goes on with the trial that was on.
     """
     optuna = _optuna()
@@ -65,60 +70,98 @@ def sweep(
         raise UserError(f"a sweep runs in one process and keeps its study on a disk; {folder} does not do")
     if trials < 1:
         raise UserError(f"trials is {trials}, must be at least 1")
-    metric = config.evaluation.metric or TASKS[config.task.name].metric
+    metric = deciding_metric(validate(config))
+    if "validation" not in open_source(config, open_pretrained(config.model)).splits:
+        raise UserError("a sweep needs a validation split to choose by; set --data.validation-fraction")
     make(folder)
-    url = f"sqlite:///{Path(folder).resolve() / STUDY_FILE}"
-    larger = metrics.LARGER_IS_BETTER.get(metric, True)
+    with hold(folder):
+        study = _open_study(optuna, config, metric, folder)
+        states = optuna.trial.TrialState
+        known = study.get_trials(deepcopy=False)
+        begun = [
+            optuna.trial.Trial(study, trial._trial_id) for trial in known if trial.state == states.RUNNING
+        ]
+        while begun or len(study.get_trials(deepcopy=False)) < trials:
+            trial = begun.pop(0) if begun else study.ask()
+            values = suggested(suggest, trial, space)
+            say(f"trial {trial.number}, {trial.number + 1} of {trials}: {_words(values)}")
+            try:
+                own = applied(config, values, space)
+            except UserError:
+                study.tell(trial, state=states.FAIL)
+                raise
+            run = folder / f"trial-{trial.number}"
+            try:
+                result = train(own, run, devices=devices, stop_at=stop_at, on_evaluation=_asked(study, trial))
+            except Pruned:
+                study.tell(trial, state=states.PRUNED)
+            except Stopped:
+                raise
+            except Diverged as error:
+                say(f"trial {trial.number}: {error}")
+                study.tell(trial, state=states.FAIL)
+            except Exception as error:
+                if _is_out_of_memory(error):
+                    say(f"trial {trial.number} takes more memory than there is: {str(error).splitlines()[0]}")
+                    study.tell(trial, state=states.FAIL)
+                else:
+                    _leave(study, trial, run, states)
+                    raise
+            else:
+                trial.set_user_attr("words", _words(values))
+                study.tell(trial, result["metrics"]["validation"][metric])
+            _keep_the_best(study, folder, states)
+        summary = _summary(study, metric, states)
+        write_json(folder / SUMMARY_FILE, summary)
+    say(_told(summary))
+    return summary
+
+
+def _open_study(optuna: Any, config: Config, metric: str, folder: Path) -> Any:
+    """The study of the folder, made if it is not there.
+
+    Raises:
+        UserError: It was begun with another recipe.
+    """
     study = optuna.create_study(
-        storage=url,
+        storage=f"sqlite:///{folder.resolve() / STUDY_FILE}",
         study_name=_NAME,
-        direction="maximize" if larger else "minimize",
+        direction="maximize" if metrics.LARGER_IS_BETTER.get(metric, True) else "minimize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_FIRST_TRIALS),
         load_if_exists=True,
     )
     _check_same_recipe(study, config, folder)
-    known = study.get_trials(deepcopy=False)
     # A sampler that is made anew must not draw again what it drew.
-    study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(known))
-    states = optuna.trial.TrialState
-    begun = [optuna.trial.Trial(study, trial._trial_id) for trial in known if trial.state == states.RUNNING]
-    while begun or len(study.get_trials(deepcopy=False)) < trials:
-        trial = begun.pop(0) if begun else study.ask()
-        values = suggested(suggest, trial, space)
-        run = folder / f"trial-{trial.number}"
-        say(f"trial {trial.number}, {trial.number + 1} of {trials}: {_words(values)}")
-        told = dict(study.trials[trial.number].intermediate_values)
+    drawn = len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=config.seed + drawn)
+    return study
 
-        def is_hopeless(step: int, value: float, trial: Any = trial, told: dict[int, float] = told) -> bool:
-            if step not in told:  # a trial that goes on may measure a step again
-                trial.report(value, step)
-                told[step] = value
-            return trial.should_prune()
 
-        try:
-            own = applied(config, values, space)
-            result = train(own, run, devices=devices, stop_at=stop_at, on_evaluation=is_hopeless)
-        except Pruned:
-            study.tell(trial, state=states.PRUNED)
-        except Diverged as error:
-            say(f"trial {trial.number}: {error}")
-            study.tell(trial, state=states.FAIL)
-        except UserError:
-            study.tell(trial, state=states.FAIL)
-            raise
-        else:
-            if "validation" not in result["metrics"]:
-                study.tell(trial, state=states.FAIL)
-                raise UserError(
-                    "a sweep needs a validation split to choose by; set --data.validation-fraction"
-                )
-            trial.set_user_attr("words", _words(values))
-            study.tell(trial, result["metrics"]["validation"][metric])
-        _keep_the_best(study, folder, states)
-    summary = _summary(study, metric, states)
-    write_json(folder / SUMMARY_FILE, summary)
-    say(_told(summary))
-    return summary
+def _asked(study: Any, trial: Any) -> OnEvaluation:
+    """Tells the study of a trial's evaluations, and answers whether it is hopeless."""
+    told = dict(study.trials[trial.number].intermediate_values)
+
+    def is_hopeless(step: int, value: float) -> bool:
+        if step not in told:  # a trial that goes on may measure a step again
+            trial.report(value, step)
+            told[step] = value
+        return trial.should_prune()
+
+    return is_hopeless
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _leave(study: Any, trial: Any, run: Path, states: Any) -> None:
+    """After an error the same command tries a trial's values again: a disk may have been full, or the recipe wrong. What came to
+    nothing twice has failed; it would stand before all other trials for ever.
+    """
+    if _CAME_TO_NOTHING in trial.user_attrs and not Checkpoints(run).steps():
+        study.tell(trial, state=states.FAIL)
+    else:
+        trial.set_user_attr(_CAME_TO_NOTHING, True)
 
 
 def _check_same_recipe(study: Any, config: Config, folder: Any) -> None:
@@ -128,7 +171,10 @@ def _check_same_recipe(study: Any, config: Config, folder: Any) -> None:
     """
     now = json.loads(json.dumps(flat_fields(to_dict(config))))  # as the study gives it back
     begun = study.user_attrs.get("recipe")
-    if begun is None:
+    measured = any(
+        trial.value is not None or trial.intermediate_values for trial in study.get_trials(deepcopy=False)
+    )
+    if begun is None or not measured:  # nothing to compare with: a mistake in it may be mended
         return study.set_user_attr("recipe", now)
     changed = [
         path.replace("_", "-")
@@ -244,12 +290,17 @@ def _told(summary: Mapping[str, Any]) -> str:
 
 def _words(values: Mapping[str, Any]) -> str:
     """As they are given to the train command."""
-    words = []
+    words: list[str] = []
     for path, value in values.items():
         if isinstance(value, bool):
             room, _, name = path.rpartition(".")
             words.append(f"--{room}.{name}" if value else f"--{room}.no-{name}")
+            continue
+        if path in _AS_JSON:
+            entries = [json.dumps(value)]
+        elif isinstance(value, Mapping):
+            entries = [entry for pair in value.items() for entry in pair]
         else:
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            words.append(f"--{path} {shlex.quote(text)}")
+            entries = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{path}", *(shlex.quote(str(entry)) for entry in entries)]
     return " ".join(words)

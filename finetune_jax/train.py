@@ -58,6 +58,7 @@ from finetune_jax.state import (
 from finetune_jax.step import Updates
 from finetune_jax.storage import Folder, place, write_json
 from finetune_jax.synonyms import fingerprinted, with_synonyms
+from finetune_jax.tasks import TASKS
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.writers import Writer, say
 
@@ -164,7 +165,7 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     if "train" not in source.splits:
         raise UserError("data.train names no split; there is nothing to train on")
     job = with_class_weights(job_from_config(config, checkpoint, source, devices), config, source)
-    metric = deciding_metric(config, job)
+    metric = deciding_metric(config)
     examples: dict[str, Any] = {
         split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
         for split, records in source.splits.items()
@@ -327,9 +328,10 @@ def fit(
                 saver.finish()
             if unreadable:
                 raise UserError(f"{unreadable[0]}; the same command goes on from step {step}")
-            if validation.is_hopeless and step < total_steps:
+            asked = stop()
+            if validation.is_hopeless and step < total_steps and not asked:  # else whoever prunes would go on
                 raise Pruned(step, 128 + signal.SIGTERM)
-            if stop() or (step == stop_at and step < total_steps):
+            if asked or (step == stop_at and step < total_steps):
                 raise Stopped(step, 128 + (watch.requested or signal.SIGTERM))
         signals.phase("evaluating the result")
         return finish(setup, run, saver, forwards, state, progress, validation, writer, meter, late)
@@ -466,14 +468,14 @@ class Validation:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def deciding_metric(config: Config, job: Job) -> str:
-    """The metric of the best checkpoint and of early stopping.
+def deciding_metric(config: Config) -> str:
+    """The metric of the best checkpoint, of early stopping and of a sweep.
 
     Raises:
         UserError: The task has none of that name.
     """
-    name = config.evaluation.metric or job.task.metric
-    known = ("loss", *job.task.metric_names)
+    task = TASKS[config.task.name]
+    name, known = config.evaluation.metric or task.metric, ("loss", *task.metric_names)
     if name not in known:
         raise UserError(f"evaluation.metric {name} is not among this task's metrics: {', '.join(known)}")
     return name

@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import math
+import shlex
+import signal
 
 import jax
 import optuna
 import pytest
 
+import finetune_jax.sweep as module
 from finetune_jax import cli
 from finetune_jax import train as loop
+from finetune_jax.config import Config
 from finetune_jax.errors import UserError
+from finetune_jax.storage import hold
 from finetune_jax.sweep import applied, load_space, suggested, sweep
 from tests.tiny import assert_same_bits, config_of, saved
 
@@ -108,6 +113,116 @@ def test_a_diverging_trial_fails_and_the_next_one_runs(tmp_path):
     found = sweep(config, space(tmp_path, body), tmp_path / "w", 2, devices=jax.devices()[ONE])
     assert [row["state"] for row in found["trials"]] == ["fail", "complete"]
     assert math.isfinite(found["best"]["accuracy"])
+
+
+def states(folder):
+    return [trial.state.name for trial in study_of(folder).trials]
+
+
+def failing(monkeypatch, error, begins=False):
+    """A training that ends in this error, after its first save or before."""
+    real = module.train
+
+    def fail(own, run, **options):
+        if begins and not run.exists():
+            with pytest.raises(loop.Stopped):
+                real(own, run, **{**options, "stop_at": 1})
+        raise error
+
+    monkeypatch.setattr(module, "train", fail)
+
+
+@pytest.mark.parametrize(("begins", "second"), [(False, "FAIL"), (True, "RUNNING")])
+def test_a_trial_that_an_error_ends_is_tried_again(begins, second, tmp_path, monkeypatch):
+    """A second time in vain and it has failed, unless something is saved that the same command goes on with."""
+    config, devices = config_of("text", tmp_path, steps=3), jax.devices()[ONE]
+    failing(monkeypatch, UserError("the disk is full"), begins)
+    for expected in ("RUNNING", second):
+        with pytest.raises(UserError, match="the disk is full"):
+            sweep(config, space(tmp_path), tmp_path / "w", 2, devices=devices)
+        assert states(tmp_path / "w") == [expected]
+    monkeypatch.undo()
+    found = sweep(config, tmp_path / "space.py", tmp_path / "w", 2, devices=devices)
+    assert [row["state"] for row in found["trials"]] == ["complete" if begins else "fail", "complete"]
+
+
+def test_what_does_not_fit_into_memory_fails_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore.")
+    failing(monkeypatch, error)
+    found = sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "w", 2)
+    assert [row["state"] for row in found["trials"]] == ["fail", "fail"]
+    assert (
+        "trial 0 takes more memory than there is: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_a_mistake_in_the_recipe_may_be_mended(tmp_path):
+    """It is said before anything is written; and what only training finds does not fix the recipe."""
+    config, devices = config_of("text", tmp_path, steps=2), jax.devices()[ONE]
+    evaluation = replace(config.evaluation, metric="acuracy")
+    with pytest.raises(
+        UserError, match=r"evaluation.metric acuracy is not among this task's metrics: loss, accuracy"
+    ):
+        sweep(replace(config, evaluation=evaluation), space(tmp_path), tmp_path / "w", 1)
+    with pytest.raises(
+        UserError, match=r"a sweep needs a validation split .* set --data.validation-fraction"
+    ):
+        sweep(
+            replace(config, data=replace(config.data, validation=None)),
+            tmp_path / "space.py",
+            tmp_path / "w",
+            1,
+        )
+    assert not (tmp_path / "w").exists()
+    frozen = replace(config, model=replace(config.model, freeze=("no such name",)))
+    with pytest.raises(UserError, match="no such name"):
+        sweep(frozen, tmp_path / "space.py", tmp_path / "w", 1, devices=devices)
+    found = sweep(config, tmp_path / "space.py", tmp_path / "w", 1, devices=devices)
+    assert [row["state"] for row in found["trials"]] == ["complete"]
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    (tmp_path / "w").mkdir()
+    with hold(tmp_path / "w"), pytest.raises(UserError, match="is in use by another process"):
+        sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "w", 1)
+    assert not (tmp_path / "w/study.db").exists()
+
+
+def test_a_signal_wins_over_the_pruner(tmp_path):
+    """What is asked to end while it prunes a trial ends, and does not begin the next one."""
+
+    def ask(step, value):
+        signal.raise_signal(signal.SIGTERM)
+        return True
+
+    with pytest.raises(loop.Stopped) as stopped:
+        loop.train(
+            config_of("text", tmp_path, epochs=3),
+            tmp_path / "run",
+            devices=jax.devices()[ONE],
+            on_evaluation=ask,
+        )
+    assert not isinstance(stopped.value, loop.Pruned)
+    assert saved(tmp_path / "run")[0] == 4
+
+
+def test_the_words_of_a_trial_are_those_of_the_train_command():
+    values = {
+        "optim.learning-rate": 3e-5,
+        "train.tensorboard": False,
+        "optim.nesterov": True,
+        "peft.targets": ["query$", "layer/[01]/.* key"],
+        "task.asymmetric": (0.0, 2.0),
+        "task.label-smoothing": 0.1,
+        "optim.rates": {"embeddings": 0.1, "layer/0": 0.5},
+        "task.class-weights": {"no": 1.0, "yes": 2.0},
+        "optim.clip-norm": None,
+        "model.hf-config": {"hidden_dropout_prob": 0.2},
+        "peft.method": "lora",
+    }
+    parsed = cli.parse(["train", "--workdir", "w", *shlex.split(module._words(values))])
+    assert parsed.overrides == applied(Config(), values, "here")
 
 
 @pytest.mark.parametrize(
