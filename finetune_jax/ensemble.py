@@ -19,7 +19,7 @@ def members(
     max_length: int | None = None,
     mesh: MeshConfig | None = None,
 ) -> Iterator[tuple[Job, Flat]]:
-    """Each model as `open_model` gives it, opened when it is asked for.
+    """Each model as `open_model` gives it, opened when it is asked for. Of words all read windows as long as the first one's.
 
     Raises:
         UserError: One of them has another task, other labels or other input than the first.
@@ -27,7 +27,10 @@ def members(
     first: Job | None = None
     for model in models:
         job, weights = open_model(model, step=step, max_length=max_length, mesh=mesh)
-        first = first or job
+        if first is None:
+            first = job
+            if _is_of_pieces(job):
+                max_length = job.task.max_length  # pyright: ignore[reportAttributeAccessIssue]
         for what, one, other in _told(first, job):
             if one != other:
                 raise UserError(
@@ -48,9 +51,18 @@ def _told(one: Job, other: Job) -> list[tuple[str, Any, Any]]:
         ("the labels", one.task.labels, other.task.labels),
         ("the tokenizer or image processor", inputs(one), inputs(other)),
     ]
-    if one.task.architecture.endswith("TokenClassification"):  # which have logits for each piece
-        rows.append(("the number of virtual tokens", *virtual))
+    if _is_of_pieces(one):
+        lengths = [getattr(job.task, "max_length", 0) for job in (one, other)]
+        rows += [
+            ("the number of virtual tokens", *virtual),
+            ("the longest window (in pieces; name the shortest first)", *lengths),
+        ]
     return rows
+
+
+def _is_of_pieces(job: Job) -> bool:
+    """Whether it has logits for each piece of a window."""
+    return job.task.architecture.endswith("TokenClassification")
 
 
 def _short(value: Any) -> str:

@@ -65,7 +65,9 @@ def range_test(
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a run folder; name another --workdir for what the test writes")
     use_cache(cache_root(config.data))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    # Features that are computed in each step are those that would be kept.
+    model = dataclasses.replace(config.model, cache_features=False)
+    config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, steps=steps))
     setup = prepare(config, devices)
 
     def schedule(count: Any) -> Any:

@@ -16,7 +16,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.runfolder import MANIFEST_FILE
 from finetune_jax.sharding import Devices
 from finetune_jax.storage import Folder, make, place, write_json
-from finetune_jax.train import train
+from finetune_jax.train import Diverged, train
 from finetune_jax.writers import say
 
 SEEDS_FILE = "seeds.json"
@@ -45,7 +45,7 @@ def train_seeds(
         What seeds.json holds: `summarise` of the runs' results.
 
     Raises:
-        UserError: The folder is a run of one seed, or what `train` says of a run.
+        UserError: The folder is a run of one seed, or what `train` says of a run; that a run diverged, only where all did.
         Stopped: The same command goes on with the run that was on.
     """
     folder = place(workdir)
@@ -53,12 +53,18 @@ def train_seeds(
         raise UserError(f"seeds is {count}, must be at least 1")
     if (folder / MANIFEST_FILE).is_file():
         raise UserError(f"{folder} is a run of one seed; name another --workdir for {count} seeds")
-    results = {}
+    results: dict[int, dict[str, Any] | None] = {}
     for seed in range(config.seed, config.seed + count):
         say(f"seed {seed}, {seed - config.seed + 1} of {count}")
         run = f"{workdir}/seed-{seed}"
         one = dataclasses.replace(config, seed=seed)
-        results[seed] = train(one, run, devices=devices, stop_at=stop_at, allow_change=allow_change)
+        try:
+            results[seed] = train(one, run, devices=devices, stop_at=stop_at, allow_change=allow_change)
+        except Diverged as error:
+            if len(results) == count - 1 and not any(results.values()):
+                raise  # there is nothing to tell of any
+            say(f"seed {seed}: {error}")
+            results[seed] = None
     summary = summarise(results)
     say(table(summary))
     if jax.process_index() == 0:
@@ -86,19 +92,24 @@ def seed_runs(folder: Folder) -> list[str]:
     return sorted((name for name in names if re.fullmatch(r"seed-\d+", name)), key=lambda name: int(name[5:]))
 
 
-def summarise(results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the results of the runs by seed: for each split and metric mean, standard error, values by seed and the best seed; and
-    which runs predict one class only.
+def summarise(results: Mapping[int, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Of the results of the runs by seed: for each split and metric mean, standard error, values by seed and the best seed; which
+    runs predict one class only; and which diverged (None), of which the figures know nothing.
 
     The standard error is the sample standard deviation over sqrt(n), None for one run.
     """
-    splits = next(iter(results.values()))["metrics"]
+    ended = {seed: result for seed, result in results.items() if result is not None}
+    splits = next(iter(ended.values()))["metrics"]
     found: dict[str, Any] = {}
     for split, figures in splits.items():
         names = [name for name, value in figures.items() if isinstance(value, int | float)]
-        found[split] = {name: _of_metric(name, results, split) for name in names}
-    collapsed = {seed: r["only_class"] for seed, r in results.items() if any(r["only_class"].values())}
-    return {"seeds": list(results), "metrics": found, "collapsed": sorted(collapsed)}
+        found[split] = {name: _of_metric(name, ended, split) for name in names}
+    return {
+        "seeds": list(results),
+        "metrics": found,
+        "collapsed": sorted(seed for seed, result in ended.items() if any(result["only_class"].values())),
+        "diverged": sorted(results.keys() - ended.keys()),
+    }
 
 
 def _of_metric(name: str, results: Mapping[int, Mapping[str, Any]], split: str) -> dict[str, Any]:
@@ -128,7 +139,12 @@ def table(summary: Mapping[str, Any]) -> str:
             lines.append(
                 f"{split:<11} {name:<20} {row['mean']:>9.4f} {error:>11} {best:>9.4f}  {row['best_seed']}"
             )
-    collapsed = ", ".join(map(str, summary["collapsed"]))
-    said = f"{len(summary['collapsed'])} of {count} runs predict one class only"
-    lines.append(said + (f": seeds {collapsed}" if collapsed else ""))
+    for name, what in (
+        ("collapsed", "predict one class only"),
+        ("diverged", "diverged, and count in no mean"),
+    ):
+        seeds = summary[name]
+        if seeds or name == "collapsed":
+            listed = f": seeds {', '.join(map(str, seeds))}" if seeds else ""
+            lines.append(f"{len(seeds)} of {count} runs {what}{listed}")
     return "\n".join(lines)

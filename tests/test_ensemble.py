@@ -85,6 +85,28 @@ def test_the_loss_is_that_of_the_mean(runs):
     assert evaluate_model(runs("text"), None, "test").metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_words_are_read_in_windows_of_the_first(runs, tmp_path):
+    """Runs that cut their texts elsewhere have other pieces, whose logits would not add up."""
+    config = config_of("token", tmp_path, steps=2)
+    short = replace(config, data=replace(config.data, max_length=8))
+    loop.train(short, tmp_path / "short", devices=jax.devices()[ONE])
+    rows = [{"tokens": ["cat"] * 20}]
+    alone = [
+        predict(*open_model(run, max_length=8), rows, logits=True)
+        for run in (str(tmp_path / "short"), runs("token")[0])
+    ]
+    (found,) = predict_together(members([str(tmp_path / "short"), runs("token")[0]]), rows, logits=True)
+    mean = np.mean([softmax(one[0]["logits"], -1) for one in alone], 0)
+    np.testing.assert_allclose(softmax(found["logits"], -1), mean, atol=1e-6)
+    fields = {**tiny.FIELDS, "max_position_embeddings": 16}
+    less = replace(short, model=replace(short.model, hf_config=fields))
+    loop.train(less, tmp_path / "less", devices=jax.devices()[ONE])
+    with pytest.raises(
+        UserError, match=r"less has the longest window .*name the shortest first.* 16, .* has 32"
+    ):
+        predict_together(members([runs("token")[0], str(tmp_path / "less")]), rows)
+
+
 def test_scores_are_averaged():
     task = SequenceRegression(labels=None, tokenizer=None, max_length=8, cache=None)
     np.testing.assert_allclose(

@@ -1,5 +1,6 @@
 """The learning-rate range test: its rates, its losses, what it reads off them, and its picture."""
 
+import dataclasses
 import json
 import math
 
@@ -12,6 +13,7 @@ from finetune_jax import cli
 from finetune_jax.range_test import range_test, smoothed, summary
 from tests.tiny import config_of
 
+replace = dataclasses.replace
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 
@@ -45,6 +47,17 @@ def test_a_run_of_it(tmp_path, capsys):
     assert pixels.shape[1] == 840
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10, "something is drawn"
     assert not (tmp_path / "w/checkpoints").exists()
+
+
+def test_features_that_would_be_kept_change_nothing(tmp_path):
+    config = config_of("text", tmp_path)
+    fields = config.model.hf_config | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = replace(config.model, train="head", hf_config=fields)
+    found = [
+        range_test(replace(config, model=replace(model, cache_features=kept)), tmp_path / "w", 1e-4, 1.0, 10)
+        for kept in (True, False)
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

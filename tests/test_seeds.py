@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import finetune_jax.seeds as module
 from finetune_jax import cli
 from finetune_jax import train as loop
 from finetune_jax.seeds import summarise, table, train_seeds
@@ -32,7 +33,35 @@ def test_the_summary_by_hand():
     assert set(found["metrics"]["test"]) == {"accuracy", "loss"}, "what is no number has no mean"
     assert found["collapsed"] == [4]
     assert "1 of 3 runs predict one class only: seeds 4" in table(found)
+    assert "diverged" not in table(found)
     assert summarise({0: result(0.5, 1.0)})["metrics"]["test"]["loss"]["standard_error"] is None
+    found = summarise({0: None, 1: result(0.5, 0.9), 2: result(0.7, 0.3)})
+    assert (found["seeds"], found["diverged"]) == ([0, 1, 2], [0])
+    assert found["metrics"]["test"]["accuracy"]["by_seed"] == {"1": 0.5, "2": 0.7}
+    assert "1 of 3 runs diverged, and count in no mean: seeds 0" in table(found)
+
+
+def diverging(monkeypatch, *seeds):
+    real = module.train
+
+    def train(config, *args, **options):
+        if config.seed in seeds:
+            raise loop.Diverged("20 updates in a row were not finite")
+        return real(config, *args, **options)
+
+    monkeypatch.setattr(module, "train", train)
+
+
+def test_the_other_seeds_are_told_where_one_diverges(tmp_path, monkeypatch, capsys):
+    config, devices = config_of("text", tmp_path, steps=2), jax.devices()[ONE]
+    diverging(monkeypatch, 0, 2)
+    found = train_seeds(config, tmp_path / "runs", 3, devices=devices)
+    assert found == json.loads((tmp_path / "runs/seeds.json").read_text())
+    assert (found["diverged"], list(found["metrics"]["test"]["loss"]["by_seed"])) == ([0, 2], ["1"])
+    assert "seed 0: 20 updates in a row were not finite" in capsys.readouterr().err
+    diverging(monkeypatch, 0, 1, 2)
+    with pytest.raises(loop.Diverged):
+        train_seeds(config, tmp_path / "all", 3, devices=devices)
 
 
 def test_seeds_are_plain_runs_and_go_on_where_they_were(tmp_path):
