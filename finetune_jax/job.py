@@ -7,7 +7,7 @@ run keeps one in RUN/model, so that a run and an exported checkpoint are opened 
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -436,12 +436,17 @@ def cached_width(config: Config, job: Job, updates: Updates) -> int:
 
 
 def pretrained_weights(
-    job: Job, checkpoint: Checkpoint | None, replace_head: bool, reinit_layers: int = 0, seed: int = 0
+    job: Job,
+    checkpoint: Checkpoint | None,
+    replace_head: bool,
+    reinit_layers: int,
+    seed: int,
+    is_frozen: Mapping[str, bool],
 ) -> tuple[dict[str, np.ndarray], str]:
     """Weights of the checkpoint by path, with what a method makes of them, and a sentence on what was and was not in it.
 
     Raises:
-        UserError: More layers are to start anew than there are.
+        UserError: More layers are to start anew than there are, or some that are not trained.
     """
     if checkpoint is None:
         return {}, "all weights are random"
@@ -465,10 +470,15 @@ def pretrained_weights(
         for path, value in loaded.params.items()
         if depth[path] < top - reinit_layers or re.fullmatch(family.HEAD, path)
     }
-    anew = len(loaded.params) - len(kept)
+    anew = loaded.params.keys() - kept.keys()
+    if still := sorted(path for path in anew if is_frozen.get(path)):
+        raise UserError(
+            f"model.reinit-layers {reinit_layers} and model.freeze exclude each other: {len(still)} parameters, such as {still[0]}, would"
+            " start from random weights and not be trained; change one of them"
+        )
     return (
         {**kept, **begun},
-        f"{note}; {anew} tensors of the last {reinit_layers} layers and of the pooler start from random weights",
+        f"{note}; {len(anew)} tensors of the last {reinit_layers} layers and of the pooler start from random weights",
     )
 
 

@@ -52,6 +52,8 @@ LOWEST = {
     "seed": 0,
 }
 """Of whole numbers, by the field's path on the command line; None, where a field may be it, is always allowed."""
+HIGHEST = {"seed": 2**32 - 1}
+"""The same; JAX's keys hold no more, and would be those of another seed."""
 RANGES = {
     "data.stall-seconds": (0.001, 1e6),
     "task.label-smoothing": (0.0, 0.999),
@@ -143,6 +145,10 @@ def _check_numbers(config: Config) -> None:
         for name, value in _values(config, path):
             if value is not None and value < low:
                 raise UserError(f"{name} is {value}, must be at least {low}")
+    for path, high in HIGHEST.items():
+        for name, value in _values(config, path):
+            if value > high:
+                raise UserError(f"{name} is {value}, must be at most {high}")
     for path, (low, high) in RANGES.items():
         for name, value in _values(config, path):
             if not low <= value <= high:
@@ -218,13 +224,22 @@ def _check_loss(task: TaskConfig) -> None:
     Raises:
         UserError: Losses that exclude each other, or do not go with the task.
     """
-    if task.focal_gamma and task.name == "sequence_regression":
-        raise UserError("task.focal-gamma is for classes; a sequence_regression has none")
+    shown = "task.asymmetric {:g} {:g}".format(*task.asymmetric)
+    of_classes = {
+        "task.focal-gamma": task.focal_gamma,
+        shown: any(task.asymmetric),
+        "task.label-smoothing": task.label_smoothing,
+        "task.class-weights": task.class_weights != "none",
+    }
+    for name, is_set in of_classes.items():
+        if is_set and task.name == "sequence_regression":
+            raise UserError(f"{name} is for classes; a sequence_regression has none; leave it out")
+    if task.label_pieces != "first" and task.name != "token_classification":
+        raise UserError(
+            f"task.label-pieces {task.label_pieces} is for the pieces of words with tags; a {task.name} has none; leave it out"
+        )
     if not any(task.asymmetric):
         return
-    shown = "task.asymmetric {:g} {:g}".format(*task.asymmetric)
-    if task.name == "sequence_regression":
-        raise UserError(f"{shown} is for classes; a sequence_regression has none")
     if task.focal_gamma:
         raise UserError(
             f"task.focal-gamma {task.focal_gamma:g} and {shown} exclude each other; leave one out"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from finetune_jax.compiling import collected, compiling_all
@@ -40,9 +41,10 @@ class Programs:
         self._since = time.perf_counter()
         data, mesh = config.data, job.mesh
         size = config.evaluation.batch_size
+        measured = replace(job, task=job.task.measured())
 
         def forward_of(split: Examples, features: int = 0) -> Forward:
-            return Forward(job, split, size, data.batching, Reading.of(data), features)
+            return Forward(measured, split, size, data.batching, Reading.of(data), features)
 
         self.forwards = {name: forward_of(split) for name, split in examples.items() if name != "train"}
         self._cached = {n: split for n, split in examples.items() if isinstance(split, CachedFeatures)}

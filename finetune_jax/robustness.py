@@ -60,9 +60,12 @@ class Robustness:
             )
         if self.radius is not None and not 0 < self.radius < float("inf"):
             raise UserError(f"--robustness-radius is {self.radius}, must be above 0")
-        for name, value, low in (("steps", self.steps, 1), ("seed", self.seed, 0)):
-            if value < low:
-                raise UserError(f"--robustness-{name} is {value}, must be at least {low}")
+        if self.steps < 1:
+            raise UserError(f"--robustness-steps is {self.steps}, must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--robustness-seed is {self.seed}, must be from 0 to {2**32 - 1}")
+        if not self.rates:
+            raise UserError("--robustness-rates has no rate; give one or more, or leave it out")
         for rate in self.rates:
             if not 0 < rate <= 1:
                 raise UserError(f"--robustness-rates has {rate}, must be above 0 and at most 1")

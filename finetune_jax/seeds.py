@@ -13,6 +13,7 @@ import jax
 from finetune_jax import metrics
 from finetune_jax.config import Config
 from finetune_jax.errors import UserError
+from finetune_jax.limits import validate
 from finetune_jax.runfolder import MANIFEST_FILE
 from finetune_jax.sharding import Devices
 from finetune_jax.storage import Folder, make, place, write_json
@@ -51,6 +52,7 @@ def train_seeds(
     folder = place(workdir)
     if count < 1:
         raise UserError(f"seeds is {count}, must be at least 1")
+    validate(dataclasses.replace(config, seed=config.seed + count - 1))  # the last, before the first is run
     if (folder / MANIFEST_FILE).is_file():
         raise UserError(f"{folder} is a run of one seed; name another --workdir for {count} seeds")
     results: dict[int, dict[str, Any] | None] = {}

@@ -188,7 +188,9 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         batches.examples = inputs["train"]
     state = abstract_state_of(job, updates)
     model = config.model
-    loaded, note = pretrained_weights(job, checkpoint, model.replace_head, model.reinit_layers, config.seed)
+    loaded, note = pretrained_weights(
+        job, checkpoint, model.replace_head, model.reinit_layers, config.seed, updates.is_frozen
+    )
     return Setup(
         config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note
     )

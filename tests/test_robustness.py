@@ -173,6 +173,8 @@ def test_entities_have_their_own_figure_and_images_no_noise(runs, capsys):
         (("--robustness-seed", 3), "--robustness-radius, -steps, -rates, -seed and -masked-lm go with --robustness; say that too"),
         (("--robustness", "--robustness-radius", 0), "--robustness-radius is 0.0, must be above 0"),
         (("--robustness", "--robustness-steps", 0), "--robustness-steps is 0, must be at least 1"),
+        (("--robustness", "--robustness-rates"), "--robustness-rates has no rate; give one or more, or leave it out"),
+        (("--robustness", "--robustness-seed", 2**64), "--robustness-seed is 18446744073709551616, must be from 0 to 4294967295"),
         (("--robustness", "--robustness-rates", 1.5), "--robustness-rates has 1.5, must be above 0 and at most 1"),
     ],
 )  # fmt: skip

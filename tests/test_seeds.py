@@ -86,6 +86,7 @@ def test_seeds_are_plain_runs_and_go_on_where_they_were(tmp_path):
     ("words", "message"),
     [
         (["--seeds", "0"], "seeds is 0, must be at least 1"),
+        (["--seeds", "2", "--seed", "4294967295"], "seed is 4294967296, must be at most 4294967295"),
         (["--seeds", "2", "--profile", "3"], "--profile traces one run; leave --seeds out"),
     ],
 )

@@ -90,11 +90,15 @@ class Task(abc.ABC):
     def loss(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSums:
         """(sum of weighted losses, sum of weights) over the batch, float32."""
 
+    def measured(self) -> "Task":
+        """The task as splits are measured: its loss is the same quantity whatever is learned from."""
+        return self
+
     @abc.abstractmethod
     def divergence(
         self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array], *, one_way: bool = False
     ) -> jax.Array:
-        """How far two logits of a batch are apart, summed over what has a label; 0 where they are equal.
+        """How far two logits of a batch are apart, summed over what has a label as the loss is; 0 where they are equal.
 
         With `one_way` how far the second is from the first, where that is not the same.
         """
@@ -148,6 +152,12 @@ class ClassTask(Task):
             self.asymmetric,
         )
 
+    def measured(self) -> "ClassTask":
+        """With plain cross-entropy, as a model is measured that is opened without its recipe."""
+        return dataclasses.replace(
+            self, class_weights=None, label_smoothing=0.0, focal_gamma=0.0, asymmetric=(0.0, 0.0)
+        )
+
     def divergence(
         self, one: jax.Array, two: jax.Array, batch: Mapping[str, jax.Array], *, one_way: bool = False
     ) -> jax.Array:
@@ -158,7 +168,7 @@ class ClassTask(Task):
         log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (one, two))
         difference = jnp.exp(log_p) if one_way else jnp.exp(log_p) - jnp.exp(log_q)
         apart = jnp.sum(difference * (log_p - log_q), axis=-1)
-        return jnp.sum(apart * batch["weights"])
+        return jnp.sum(apart * counts(batch["labels"], batch["weights"], self.class_weights))
 
     def averaged(self, logits: Sequence[np.ndarray]) -> np.ndarray:
         """The logarithm of the mean of the models' probabilities."""
@@ -235,7 +245,7 @@ def cross_entropy(
         logits: [..., C]
         labels: [...], class ids
         weights: [...], 0 where nothing is to be learned
-        class_weights: One a class; an example counts in the denominator with its true class's.
+        class_weights: One a class; an example counts in the denominator with its true class's (`counts`).
         smoothing: Mass moved to all classes evenly (Szegedy et al. 2016, section 7).
         gamma: A class of probability p counts (1 - p)^gamma (focal loss, Lin et al. 2017, arXiv:1708.02002, eq. 4).
         asymmetric: The true class counts (1 - p)^first, any other p^second of the mass that smoothing gives it (Ridnik et al. 2020,
@@ -249,9 +259,6 @@ def cross_entropy(
     if class_weights is not None:
         per_class = jnp.asarray(class_weights, jnp.float32)
         target = target * per_class.reshape((1,) * labels.ndim + (num_labels,))
-        weight = weights * per_class[labels]
-    else:
-        weight = weights
     if gamma:
         target = target * _power_of_rest(log_p, gamma)
     if any(asymmetric):
@@ -259,7 +266,12 @@ def cross_entropy(
         first, second = asymmetric
         target = target * jnp.where(is_true, _power_of_rest(log_p, first), jnp.exp(second * log_p))
     losses = -jnp.sum(target * log_p, axis=-1)
-    return jnp.sum(losses * weights), jnp.sum(weight)
+    return jnp.sum(losses * weights), jnp.sum(counts(labels, weights, class_weights))
+
+
+def counts(labels: jax.Array, weights: jax.Array, class_weights: tuple[float, ...] | None) -> jax.Array:
+    """What each label counts in a mean: its weight, times its class's."""
+    return weights if class_weights is None else weights * jnp.asarray(class_weights, jnp.float32)[labels]
 
 
 def _power_of_rest(log_p: jax.Array, exponent: float) -> jax.Array:

@@ -1,6 +1,7 @@
-"""Asymmetric loss: against torch, written down from the paper's equation, and what must not be combined."""
+"""Losses of a class: against torch, written down from the paper's equation, and what must not be combined."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -8,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import log_loss
 
 from finetune_jax import train as loop
+from finetune_jax.evaluate import evaluate_model
+from finetune_jax.opening import open_model
+from finetune_jax.predict import predict
 from finetune_jax.tasks.base import cross_entropy
+from finetune_jax.tasks.sequence import SequenceClassification
 from tests import tiny
 from tests.tiny import config_of
 
@@ -84,6 +90,41 @@ def test_the_task_has_it(tmp_path):
     assert task.loss(logits, batch)[0] == expected[0]
 
 
+@pytest.mark.parametrize("kind", ["text", "token"])
+def test_what_is_measured_is_cross_entropy(kind, tmp_path):
+    """Whatever is learned from: the loss of a split is what `evaluate` says of the run, and scikit-learn of its predictions."""
+    config = config_of(kind, tmp_path, steps=3)
+    chosen = dataclasses.replace(config.task, focal_gamma=2.0, label_smoothing=0.1, class_weights="auto")
+    result = loop.train(dataclasses.replace(config, task=chosen), tmp_path / "run", devices=jax.devices()[:1])
+    for split in ("validation", "test"):
+        found = evaluate_model(str(tmp_path / "run"), None, split).metrics  # on eight devices
+        assert result["metrics"][split] == {**found, "loss": pytest.approx(found["loss"], rel=1e-5)}
+    if kind == "text":
+        lines = [json.loads(line) for line in (tmp_path / "texts/test.jsonl").read_text().splitlines()]
+        scores = [row["scores"] for row in predict(*open_model(str(tmp_path / "run")), lines)]
+        expected = log_loss(
+            [line["label"] for line in lines], [[s["no"], s["yes"]] for s in scores], labels=["no", "yes"]
+        )
+        assert result["metrics"]["test"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_divergence_counts_as_the_loss_does():
+    """Each by the weight of its true class, so that a mean of both has the same examples in the same shares."""
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(size=(2, 5, 3))
+    labels, weights, per_class = np.array([0, 2, 1, 2, 0]), np.array([1.0, 1, 1, 1, 0]), (0.5, 2.0, 3.0)
+    task = SequenceClassification(
+        labels=("a", "b", "c"), class_weights=per_class, tokenizer=Any, max_length=8, cache=None
+    )
+    batch = {"labels": jnp.asarray(labels), "weights": jnp.asarray(weights, jnp.float32)}
+    p, q = (torch.tensor(z).softmax(-1) for z in (one, two))
+    apart = (p * (p / q).log() + q * (q / p).log()).sum(-1).numpy()
+    counted = weights * np.array(per_class)[labels]
+    found = task.divergence(jnp.asarray(one, jnp.float32), jnp.asarray(two, jnp.float32), batch)
+    np.testing.assert_allclose(found, (apart * counted).sum(), rtol=1e-5)
+    np.testing.assert_allclose(task.loss(jnp.asarray(one, jnp.float32), batch)[1], counted.sum(), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -91,6 +132,9 @@ def test_the_task_has_it(tmp_path):
         ({"asymmetric": [1.0, 0.0], "focal_gamma": 2.0}, "task.focal-gamma 2 and task.asymmetric 1 0 exclude each other"),
         ({"asymmetric": [-1.0, 0.0]}, "task.asymmetric is -1.0, must be from 0 to 20"),
         ({"asymmetric": [1.0, 0.0], "name": "sequence_regression"}, "task.asymmetric 1 0 is for classes"),
+        ({"label_smoothing": 0.1, "name": "sequence_regression"}, "task.label-smoothing is for classes; a sequence_regression has none"),
+        ({"class_weights": "auto", "name": "sequence_regression"}, "task.class-weights is for classes; a sequence_regression has none"),
+        ({"label_pieces": "all"}, "task.label-pieces all is for the pieces of words with tags; a sequence_classification has none"),
     ],
 )  # fmt: skip
 def test_wrong_choices_are_one_line(change, message, tmp_path, capsys):

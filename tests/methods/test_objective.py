@@ -12,7 +12,7 @@ import torch
 from finetune_jax import train as loop
 from finetune_jax.config import MeshConfig, MethodsConfig, OptimConfig
 from finetune_jax.hlo import read_program
-from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Plain, RDrop
+from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Plain, RDrop, Smooth
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
 from finetune_jax.opening import open_model
 from finetune_jax.plan import Subject
@@ -223,7 +223,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_differs_from_the_plain_one(kind, 
 
 
 @pytest.mark.parametrize("name", ["r_drop", "freelb", "sam"])
-def test_any_mesh_and_micro_batches_give_the_same(name, tmp_path):
+def test_any_mesh_gives_the_same(name, tmp_path):
     """Without dropout or a random start nothing of it asks for the number of devices; with them keys are those of the rows."""
     config = with_method(config_of("text", tmp_path, steps=4), name)
     config = replace(config, data=replace(config.data, batching="padded"))
@@ -231,6 +231,64 @@ def test_any_mesh_and_micro_batches_give_the_same(name, tmp_path):
     loop.train(replace(config, mesh=MeshConfig(2, 2, 2, smallest_split=0)), tmp_path / "eight")
     one, eight = ([row["loss"] for row in rows(tmp_path / run)] for run in ("one", "eight"))
     np.testing.assert_allclose(one, eight, rtol=2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromWords(WordOffsets):
+    """A ball whose random point is one that the words say, whatever rows are beside them."""
+
+    def start(self, batch, key):
+        offset = super().start(batch, None)
+        if key is None:
+            return offset
+        numbers = batch["input_ids"][..., None] * jnp.arange(1, self.width + 1)[None, None, :]
+        point = jnp.sin(numbers.astype(jnp.float32))
+        return jnp.where(batch["segment_ids"][..., None] > 0, 0.01 * point, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("text", n) for n in ("fgm", "pgd", "freelb", "smart", "vat")), ("image", "fgm"), ("image", "pgd")],
+)
+def test_micro_batches_give_the_gradient_of_the_whole_batch(kind, name, tmp_path):
+    """Each example has a ball of its own, so that an ascent of one asks for no other."""
+    config = config_of(kind, tmp_path, steps=1, batch_size=16)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = (
+        replace(config.model, hf_config={**config.model.hf_config, **still})
+        if kind == "text"
+        else replace(config.model, batch_norm="frozen")
+    )
+    config = replace(
+        config,
+        model=model,
+        data=replace(config.data, batching="padded"),
+        optim=OptimConfig(name="sgd", learning_rate=1.0, schedule="constant", momentum=0.0, clip_norm=None),
+    )
+    setup = loop.prepare(config, jax.devices()[:1])
+    task, steps = setup.job.task, 1 if name == "fgm" else 3
+    ball = FromWords(tiny.FIELDS["hidden_size"], 0.5, 0.3) if kind == "text" else PixelOffsets(0.1, 0.05)
+    objective = {
+        "fgm": Adversarial(task, ball, steps, random_start=False),
+        "pgd": Adversarial(task, ball, steps, random_start=kind == "text"),
+        "freelb": FreeLB(task, ball, steps),
+        "smart": Smooth(task, ball, steps, 1.0, held=False),
+        "vat": Smooth(task, ball, steps, 1.0, held=True),
+    }[name]
+
+    def gradient(objective, accumulation):
+        state = loop.first_state(setup)
+        before = jax.tree.map(np.asarray, state.params)
+        updates = replace(setup.updates, objective=objective)
+        with jax.numpy_dtype_promotion("standard"):
+            update = make_train_step(task, setup.job.parts, updates, accumulation)
+            after = jax.jit(update)(state, setup.batches[0])[0].params
+        return {path: before[path] - after[path] for path in before}
+
+    whole, parts, plain = gradient(objective, 1), gradient(objective, 4), gradient(Plain(task), 1)
+    for path in whole:
+        np.testing.assert_allclose(parts[path], whole[path], atol=3e-6, err_msg=path)
+    assert max(float(np.abs(whole[path] - plain[path]).max()) for path in whole) > 1e-4
 
 
 @pytest.mark.parametrize(("name", "passes"), [("r_drop", 2), ("fgm", 2), ("freelb", 2), ("pgd", 10 / 3)])

@@ -26,7 +26,7 @@ EXAMPLES = [(0, SEGMENTS[0] == 1), (0, SEGMENTS[0] == 2), (1, SEGMENTS[1] == 1)]
 TASK = types.SimpleNamespace(
     loss=lambda logits, batch: cross_entropy(logits, batch["labels"], batch["weights"]),
     divergence=lambda *logits_and_batch, one_way=False: ClassTask.divergence(
-        None,  # pyright: ignore[reportArgumentType]
+        types.SimpleNamespace(class_weights=None),  # pyright: ignore[reportArgumentType]
         *logits_and_batch,
         one_way=one_way,
     ),

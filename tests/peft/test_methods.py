@@ -706,6 +706,13 @@ def test_last_layers_start_anew(kind, layers, base, tmp_path):
         np.testing.assert_array_equal(value, expected[path], path)
     with pytest.raises(UserError, match=r"model.reinit-layers is 3, the model has 2; lower it"):
         loop.prepare(replace(config, model=replace(config.model, reinit_layers=3)), one)
+    still = replace(anew.model, freeze=(f"{last[0]}.*kernel",))
+    with pytest.raises(
+        UserError,
+        match=rf"reinit-layers 1 and model.freeze exclude .* such as {last[0]}.*kernel, would start",
+    ):
+        loop.prepare(replace(config, model=still), one)
+    loop.prepare(replace(config, model=replace(still, freeze=("embedder|embeddings",))), one)
 
 
 def test_frozen_matrices_may_be_bfloat16(base, tmp_path):
