@@ -17,7 +17,7 @@ from finetune_jax.job import open_pretrained, open_source
 from finetune_jax.limits import validate
 from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
-from finetune_jax.storage import hold, in_bucket, make, place, remove, write_json
+from finetune_jax.storage import Folder, hold, in_bucket, make, place, remove, write_json
 from finetune_jax.train import Diverged, OnEvaluation, Pruned, Stopped, deciding_metric, train
 from finetune_jax.writers import say
 
@@ -117,14 +117,14 @@ def sweep(
     return summary
 
 
-def _open_study(optuna: Any, config: Config, metric: str, folder: Path) -> Any:
+def _open_study(optuna: Any, config: Config, metric: str, folder: Folder) -> Any:
     """The study of the folder, made if it is not there.
 
     Raises:
         UserError: It was begun with another recipe.
     """
     study = optuna.create_study(
-        storage=f"sqlite:///{folder.resolve() / STUDY_FILE}",
+        storage=f"sqlite:///{Path(folder).resolve() / STUDY_FILE}",
         study_name=_NAME,
         direction="maximize" if metrics.LARGER_IS_BETTER.get(metric, True) else "minimize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_FIRST_TRIALS),
@@ -154,7 +154,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _leave(study: Any, trial: Any, run: Path, states: Any) -> None:
+def _leave(study: Any, trial: Any, run: Folder, states: Any) -> None:
     """After an error the same command tries a trial's values again: a disk may have been full, or the recipe wrong. What came to
     nothing twice has failed; it would stand before all other trials for ever.
     """
