@@ -25,6 +25,7 @@ from finetune_jax.runfolder import MANIFEST_FILE, RESULT_FILE
 from finetune_jax.step import make_forward
 from finetune_jax.storage import Folder
 from finetune_jax.tree import Flat
+from finetune_jax.writers import say
 
 CARD_FILE = "README.md"
 
@@ -91,7 +92,8 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
         UserError: More than an adapter and a head was trained, or what they are for is not known.
     """
     saved = config.load_saved(run / CONFIG_FILE)
-    whole = "export without --adapter writes the whole model"
+    can_be_whole = job.peft.method in ("none", *install.MERGED)
+    whole = "export without --adapter writes the whole model" if can_be_whole else "it stays a run folder"
     if job.peft.method == "none":
         raise UserError(f"{run} has no adapter: its peft.method is none; {whole}")
     if saved.model.train != "all":
@@ -107,13 +109,33 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
     if new:
         raise UserError(f"{base.source} has no {', '.join(new)}: an adapter would lack them too; {whole}")
     host = jax.device_get(weights)
+    changed = sorted(path for path, value in own.params.items() if not _is_as_it_was(host[path], value))
+    changed = [path for path in changed if not re.fullmatch(family.head, path)]
+    if changed:
+        raise UserError(
+            f"{run} was trained on other weights than those of {base.source} now: {len(changed)} differ, such as {changed[0]}; put them"
+            f" back as they were, or {whole}"
+        )
+    rounded = sum(host[path].dtype != np.float32 for path in own.params)
+    if rounded:
+        say(
+            f"{rounded} frozen matrices were bfloat16 in training, where the adapter will stand beside those of {base.source} as they"
+            " are: logits differ by what --verify says"
+        )
+    ended = json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}
+    steps = saved.train.steps or ended.get("steps", step)
     fields, tensors = adapter_files(
-        family, host, job.peft, base.source, job.task.architecture, job.model_config, step
+        family, host, job.peft, base.source, job.task.architecture, job.model_config, steps
     )
     fields["revision"] = saved.model.revision
     digest = {hf_format.BASE_DIGEST: hf_format.digest_of(own.params)}
     files.save_tensors(folder, tensors, hf_format.WEIGHTS_FILE, **digest)
     (folder / hf_format.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_as_it_was(value: np.ndarray, loaded: np.ndarray) -> bool:
+    """Whether a frozen weight of a run is the checkpoint's, rounded where the run keeps it so."""
+    return bool(np.array_equal(value, loaded.astype(value.dtype)))
 
 
 def largest_difference(job: Job, weights: Flat, folder: Path) -> float:

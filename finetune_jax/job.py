@@ -53,7 +53,7 @@ from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.peft import install
-from finetune_jax.peft.adalora import orthogonality, pruned
+from finetune_jax.peft.adalora import orthogonality, phases, pruned
 from finetune_jax.peft.selection import depths, frozen_parameters, paces
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
 from finetune_jax.state import ModelParts, TrainState, abstract_state, split_model
@@ -136,24 +136,26 @@ def make_job(
 
     parts = split_model(build)
     if compute.scan_layers:
-        _check_alike(parts.abstract, FAMILIES[family].BLOCK)
+        _check_alike(parts.abstract, FAMILIES[family].BLOCK, peft)
     rules = (*install.SHARDING, *FAMILIES[family].SHARDING)
     placements = place_params(rules, parts.abstract, mesh, config.smallest_split)
     return Job(task, family, model_config, parts, mesh, placements, peft)
 
 
-def _check_alike(paths: Iterable[str], block: str) -> None:
+def _check_alike(paths: Iterable[str], block: str, peft: PeftConfig) -> None:
     """
     Raises:
         UserError: Layers that are to run as one have not the same parameters.
     """
-    layers: dict[str, set[str]] = {}
+    layers: dict[str, set[tuple[str, bool]]] = {}
     for path in paths:
         if found := re.fullmatch(block, path):
-            layers.setdefault(found[1], set()).add(path[found.end(1) :])
+            side = path.endswith("/ia3") and install.scales_input(peft, path.removesuffix("/ia3"))
+            layers.setdefault(found[1], set()).add((path[found.end(1) :], side))
     if len({frozenset(names) for names in layers.values()}) > 1:
         raise UserError(
-            "model.scan-layers needs layers that are alike, and peft.targets names some of them only; leave one of them out"
+            "model.scan-layers needs layers that are alike, and peft.targets or peft.feedforward names some of them only; leave one of"
+            " them out"
         )
 
 
@@ -339,7 +341,14 @@ def make_updates(
             " or methods.swa-every"
         )
     penalty = last = None
+    decides_from = 0
     if config.peft.method == "adalora":
+        start, decides_from = phases(config.peft, total_steps)
+        if decides_from > total_steps:
+            raise UserError(
+                f"peft.prune-from {config.peft.prune_from:g} prunes from update {start} on, of {total_steps} in all, which leaves none to"
+                " prune in; lower it, or train longer"
+            )
         penalty, last = orthogonality(config.peft.orthogonality), pruned(config.peft, total_steps)
     return Updates(
         is_frozen=is_frozen,
@@ -351,6 +360,7 @@ def make_updates(
         swa=swa,
         sam=methods.sam,
         frozen_dtype=DTYPES[model.frozen_dtype],
+        decides_from=decides_from,
         penalty=penalty,
     )
 

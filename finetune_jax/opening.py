@@ -140,18 +140,38 @@ def open_adapter(folder: Path, base: Checkpoint | None = None) -> tuple[hf_forma
             )
         base = open_checkpoint(os.path.expandvars(source), revision if isinstance(revision, str) else None)
     adapter = hf_format.read_adapter(folder, PRETRAINED[base.family])
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", PREPROCESSOR_FILE)):
+        base = dataclasses.replace(base, inputs=folder)  # what it was trained with, where that is beside it
     if (folder / CONFIG_FILE).is_file():  # we write one, for the labels and the task
         own = open_checkpoint(str(folder))
         labels, num_labels, architectures = own.labels, own.num_labels, own.architectures
         return adapter, dataclasses.replace(
             base, labels=labels, num_labels=num_labels, architectures=architectures, hf_config=own.hf_config
         )
-    heads = {"SEQ_CLS": "BertForSequenceClassification", "TOKEN_CLS": "BertForTokenClassification"}
-    architecture = heads.get(str(fields.get("task_type")), "ResNetForImageClassification")
+    architecture = _architecture(folder, str(fields.get("task_type")), base)
     if "classifier/bias" not in adapter.params:
         raise UserError(f"{folder} has no classifier; save it with modules_to_save ['classifier']")
     count = len(adapter.params["classifier/bias"])
     return adapter, dataclasses.replace(base, labels=None, num_labels=count, architectures=(architecture,))
+
+
+def _architecture(folder: Path, task_type: str, base: Checkpoint) -> str:
+    """Of the model with the adapter's head: what the adapter says, else what the model itself is.
+
+    Raises:
+        UserError: Neither is a task here.
+    """
+    if base.family == "resnet":
+        return "ResNetForImageClassification"
+    heads = {"SEQ_CLS": "BertForSequenceClassification", "TOKEN_CLS": "BertForTokenClassification"}
+    own = next((name for name in base.architectures if name in heads.values()), None)
+    architecture = heads.get(task_type, own)
+    if architecture is None:
+        raise UserError(
+            f"{folder}: task_type {task_type} does not say what the head is for; set it to {' or '.join(heads)} in"
+            f" {hf_format.CONFIG_FILE}"
+        )
+    return architecture
 
 
 def _with_adapter(
@@ -195,16 +215,17 @@ def _task_of(checkpoint: Checkpoint, model_config: Any, max_length: int | None, 
             and (kind.problem_type == "regression") != regression
         ):
             continue
+        inputs = checkpoint.inputs or checkpoint.folder
         labels = checkpoint.labels or tuple(f"LABEL_{index}" for index in range(checkpoint.num_labels))
         values: dict[str, Any] = {"labels": None if kind.problem_type == "regression" else labels}
         if checkpoint.family == "bert":
-            tokenizer = load_tokenizer(checkpoint.folder)
+            tokenizer = load_tokenizer(inputs)
             limit = model_config.max_position_embeddings - install.positions_taken(peft)
             length = min(max_length or tokenizer.max_length or limit, limit)
             values |= {"tokenizer": tokenizer, "max_length": length, "cache": None}
             values["virtual_ids"] = virtual_ids(peft, model_config)
         else:
-            file = checkpoint.folder / PREPROCESSOR_FILE
+            file = inputs / PREPROCESSOR_FILE
             if not file.is_file():
                 raise UserError(
                     f"{checkpoint.source} has no {PREPROCESSOR_FILE}: how pixels are made is not known"

@@ -74,8 +74,9 @@ def make_optimizer(
             optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=decay_mask)
         )
     elif config.name == "adafactor":
-        update = guarded(
-            optax.adafactor(schedule, weight_decay_rate=decay or None, weight_decay_mask=decay_mask)
+        # optax's own decay is of the whole parameter in each update, whatever the rate.
+        update = optax.chain(
+            guarded(optax.adafactor(schedule)), guarded(decayed(schedule, decay, decay_mask))
         )
     else:
         update = optax.chain(
@@ -84,6 +85,20 @@ def make_optimizer(
         )
     ends = [] if last is None else [guarded(last)]
     return optax.chain(mean_and_clip(config.clip_norm), update, paced(paces), *ends)
+
+
+def decayed(schedule: optax.Schedule, decay: float, mask: Mapping[str, bool]) -> optax.GradientTransformation:
+    """After an optimizer: parameters shrink by decay times the rate (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2)."""
+
+    def init(params: Any) -> Any:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None):
+        share = decay * schedule(state.count)
+        moved = {path: u - share * params[path] if mask[path] else u for path, u in updates.items()}
+        return moved, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def mean_and_clip(clip_norm: float | None) -> optax.GradientTransformationExtraArgs:

@@ -76,7 +76,11 @@ def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] =
         if run.exists() and any(path.name != LOCK_FILE for path in run.iterdir()):
             raise UserError(f"{run} is not empty and is no run folder; name a new folder as --workdir")
         return
-    old, new = flat_fields(to_dict(load_saved(run / CONFIG_FILE))), flat_fields(to_dict(config))
+    saved = load_saved(run / CONFIG_FILE)
+    old, new = flat_fields(to_dict(saved)), flat_fields(to_dict(config))
+    old["optim.rates"], new["optim.rates"] = (
+        " ".join(of.optim.rates) for of in (saved, config)
+    )  # their order counts
     changed = [
         path
         for path in sorted(old.keys() | new.keys())

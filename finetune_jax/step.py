@@ -44,6 +44,8 @@ class Updates:
     """A plain mean instead: of what is there after so many updates, and from then on after each so many."""
     frozen_dtype: DTypeLike = jnp.float32
     """Of the matrices that it does not move."""
+    decides_from: int = 0
+    """Updates before the first after which an evaluation may find the best: what was before it is not what the method makes."""
     penalty: Callable[[Flat], jax.Array] | None = None
     """Of the parameters: what is added to the mean loss before its gradient is taken, and not to the loss that is told."""
 

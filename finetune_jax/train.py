@@ -459,6 +459,8 @@ class Validation:
             )
         if self._on_evaluation is not None:
             self.is_hopeless = self._on_evaluation(step, value)
+        if step < setup.updates.decides_from:
+            return
         better = metrics.is_better(setup.metric, value, progress.best_value)
         progress.stale = 0 if better else progress.stale + 1
         if better:

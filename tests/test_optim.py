@@ -121,6 +121,26 @@ def test_others_move_against_the_gradient_and_decay_by_mask(name):
     assert float(jnp.abs(updates["b"]).max()) == 0, "no decay"
 
 
+def test_adafactor_decays_by_the_rate():
+    """Where the gradient is zero: w (1 - lr * decay) an update, as torch.optim.Adafactor has it."""
+    config = OptimConfig(
+        name="adafactor", learning_rate=0.02, weight_decay=0.1, warmup_steps=2, clip_norm=None
+    )
+    schedule = make_schedule(config, 10)
+    optimizer = make_optimizer(config, schedule, {"w": True}, {})
+    params = {"w": jnp.ones((8, 8))}
+    state, theirs = optimizer.init(params), torch.nn.Parameter(torch.ones(8, 8))
+    oracle = torch.optim.Adafactor([theirs], lr=0.0, weight_decay=0.1)
+    for step in range(10):
+        updates, state = optimizer.update({"w": jnp.zeros((8, 8))}, state, params)
+        params = {"w": params["w"] + updates["w"]}
+        oracle.param_groups[0]["lr"] = float(schedule(step))
+        theirs.grad = torch.zeros(8, 8)
+        oracle.step()
+        np.testing.assert_allclose(params["w"], theirs.detach().numpy(), rtol=1e-6)
+    assert float(params["w"].max()) < 0.995
+
+
 NAMES = ["adamw", "lamb", "lion", "adafactor", "sgd"]
 
 

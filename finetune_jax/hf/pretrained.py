@@ -35,6 +35,8 @@ class Checkpoint:
     labels: tuple[str, ...] | None
     """In the order of their ids; None where they are HF's placeholders (LABEL_0, ...) or absent. ImageNet's repeat."""
     num_labels: int
+    inputs: Path | None = None
+    """Folder of the tokenizer or image processor, where that is another than `folder`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.hf.files import Tensors, read_json
 from finetune_jax.hf.mapping import CONV, LINEAR, Family, Transform
 from finetune_jax.peft.adalora import phases, rank_pattern
-from finetune_jax.peft.install import ADDED, WORDS, adapted, lengths, scales_input
+from finetune_jax.peft.install import ADDED, NOWHERE, WORDS, adapted, lengths, scales_input
 from finetune_jax.peft.prompt import numbers
 from finetune_jax.seal import digest_array
 from finetune_jax.tree import Flat
@@ -50,8 +50,13 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "num_transformer_submodules": (1, None),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (False, None),
 }
-_INIT_BY_BASE = ("pissa", "olora", "corda", "loftq")  # these change the base weights too
+_INIT_BY_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base weights too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,7 @@ def adapter_files(
         base: What to write as the model that the adapter is for.
         architecture: HF's class.
         model_config: Of the model, whose sizes peft writes down for prefix and prompt.
-        steps: Updates done.
+        steps: Updates of the whole training.
     """
     values = {
         path: np.asarray(value).astype(np.float32, copy=False)
@@ -278,7 +283,7 @@ def _config_of(
         placement = "houlsby" if fields.get("placement") == "houlsby" else "pfeiffer"
         return dataclasses.replace(config, width=widths[0] if widths else 1, placement=placement)
     if method == "ia3":
-        return dataclasses.replace(config, feedforward=_exactly(forward) or ("(?!)",))
+        return dataclasses.replace(config, feedforward=_exactly(forward) or NOWHERE)
     return dataclasses.replace(
         config,
         rank=_number(fields, "r" if method == "lora" else "init_r", 8, folder),

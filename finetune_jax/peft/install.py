@@ -46,6 +46,8 @@ TARGETS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("prompt", "bert"): (),
 }
 """The layers that a method takes where the config names none: those of its paper (of the ResNet, all)."""
+NOWHERE = ("(?!)",)
+"""Of `peft.feedforward`: (IA)3 that scales what comes out of every layer."""
 HOULSBY = (r"output$",)
 """The ends of both halves of a layer."""
 FEED_FORWARD = (r"layer/\d+/output/dense$",)
@@ -95,6 +97,9 @@ def install(model: nnx.Module, config: PeftConfig, family: str, head: str, key: 
                 parent = parent[part] if isinstance(part, int) else getattr(parent, str(part))
             places[path] = parent, parts[-1], layer
     chosen = matches_any(config.targets or default, places, "peft.targets: regex", "layer")
+    if config.feedforward and config.feedforward != NOWHERE:
+        targets = [path for path, is_chosen in chosen.items() if is_chosen]
+        matches_any(config.feedforward, targets, "peft.feedforward: regex", "layer that peft.targets names")
     for path in sorted(path for path, is_chosen in chosen.items() if is_chosen):
         parent, name, layer = places[path]
         made = _made(config, path, layer, rngs)

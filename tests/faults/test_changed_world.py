@@ -11,8 +11,9 @@ import pytest
 from finetune_jax import runfolder
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
-from finetune_jax.config import EvaluationConfig, MeshConfig, load_saved
+from finetune_jax.config import EvaluationConfig, MeshConfig, load_saved, to_dict
 from finetune_jax.errors import UserError
+from finetune_jax.runfolder import check_same_config
 from finetune_jax.seal import digest_array
 from tests import tiny
 
@@ -95,6 +96,21 @@ def test_what_differs_is_listed(tmp_path):
         UserError, match=r"labels \['yes', 'maybe'\].*1 parameters differ: classifier/bias \[7\], now \[2\]"
     ):
         loop.train(config, tmp_path / "run", devices=devices)
+
+
+def test_the_order_of_rates_is_part_of_them(tmp_path):
+    """The first regex that is found counts."""
+    config = text_config(tmp_path)
+    first, second = (
+        replace(config, optim=replace(config.optim, rates=r))
+        for r in ({"a": 2.0, "b": 3.0}, {"b": 3.0, "a": 2.0})
+    )
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(first)))
+    check_same_config(first, tmp_path)
+    with pytest.raises(
+        UserError, match=r"optim.rates 'a b' -> 'b a'; change it back, or name a new --workdir"
+    ):
+        check_same_config(second, tmp_path)
 
 
 def test_a_change_that_is_allowed(tmp_path):

@@ -13,8 +13,15 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from finetune_jax import train as loop
 from finetune_jax.config import MeshConfig, OptimConfig, PeftConfig
@@ -64,7 +71,11 @@ OURS = ("pfeiffer", "houlsby")
 """Those that peft has not."""
 MOVES_THE_START = ("prefix", "prefix through a layer", "prompt")
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-AUTO = {"text": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
+AUTO = {
+    "text": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+    "image": AutoModelForImageClassification,
+}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft asks transformers
@@ -494,6 +505,8 @@ def theirs_from(kind, folder):
     here it has both names.
     """
     model = AUTO[kind].from_pretrained(folder)
+    if kind == "image":
+        return model
     forward = model.bert.forward
     if "past_key_values" in inspect.signature(forward).parameters:
         return model
@@ -506,6 +519,12 @@ def theirs_from(kind, folder):
 
 
 def their_logits(model, folder, kind, rows):
+    if kind == "image":
+        opened = [Image.open(row["image"]) for row in rows]
+        with torch.no_grad():
+            return model(
+                **AutoImageProcessor.from_pretrained(folder)(opened, return_tensors="pt")
+            ).logits.numpy()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []
     for row in rows:
@@ -525,7 +544,7 @@ def test_what_cannot_be_merged_is_said(name, runs, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize(("kind", "name"), [c for c in CASES if c[0] != "image" and c[1] not in OURS])
+@pytest.mark.parametrize(("kind", "name"), [c for c in CASES if c[1] not in OURS])
 def test_peft_opens_what_we_write(kind, name, runs, base, tmp_path):
     run = runs(kind, name)
     export(run, tmp_path / "adapter", adapter=True)
@@ -588,8 +607,128 @@ def test_we_open_what_peft_writes(kind, config, base, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        lambda **more: peft.LoraConfig(r=3, init_lora_weights=False, **more),
+        lambda **more: peft.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **more),
+        lambda **more: peft.AdaLoraConfig(
+            init_r=3, target_r=2, total_step=9, init_lora_weights=False, **more
+        ),
+    ],
+    ids=["lora", "dora", "adalora"],
+)
+def test_we_open_what_peft_writes_of_images(config, base, tmp_path):
+    torch.manual_seed(0)
+    chosen = config(target_modules=["convolution"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(theirs_from("image", base("image")), chosen).eval()
+    for name, value in model.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name:
+            torch.nn.init.normal_(value, 1.0, 0.3)
+        elif "lora_" in name:
+            torch.nn.init.normal_(value, 0.0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    rows = inputs("image", tmp_path)
+    theirs = their_logits(model, base("image"), "image", rows)
+    np.testing.assert_allclose(logits_of(tmp_path / "adapter", rows), theirs, atol=1e-5)
+
+
+def test_an_adapter_that_names_no_task(base, tmp_path):
+    """peft asks for none: then the head is for what the model is for, if that is known."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(theirs_from("text", base("text")), config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    rows = inputs("text", tmp_path)
+    for ours, theirs in zip(
+        logits_of(tmp_path / "adapter", rows), their_logits(model, base("text"), "text", rows), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    shutil.copytree(base("text"), tmp_path / "bare")
+    for file, change in (
+        (tmp_path / "bare/config.json", {"architectures": ["BertModel"]}),
+        (tmp_path / "adapter/adapter_config.json", {"base_model_name_or_path": str(tmp_path / "bare")}),
+    ):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(
+        UserError, match="task_type None does not say what the head is for; set it to SEQ_CLS or TOKEN_CLS"
+    ):
+        open_model(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("kind", ["text", "token", "image"])
+def test_an_adapter_brings_its_inputs(kind, base, tmp_path):
+    """A vocabulary in another order, shorter windows, larger images than the model's: what the run was trained with."""
+    config = on(of_method(config_of(kind, tmp_path, steps=2), "lora"), base(kind))
+    if kind == "image":
+        image = replace(config.data.image, size=32, override_size=True)
+        config = replace(config, data=replace(config.data, image=image))
+    else:
+        (tmp_path / "vocab.txt").write_text("\n".join([*tiny.VOCAB[:5], *tiny.VOCAB[:4:-1]]) + "\n")
+        model = replace(config.model, tokenizer=str(tmp_path / "vocab.txt"))
+        config = replace(config, model=model, data=replace(config.data, max_length=8))
+    loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    rows = inputs(kind, tmp_path)
+    together = predict(
+        *open_adapters(str(base(kind)), {"a": str(tmp_path / "adapter")})["a"], rows, logits=True
+    )
+    for ours, alone, beside in zip(
+        logits_of(tmp_path / "run", rows), logits_of(tmp_path / "adapter", rows), together, strict=True
+    ):
+        np.testing.assert_array_equal(ours, alone)
+        np.testing.assert_array_equal(ours, np.asarray(beside["logits"], np.float32))
+
+
+def test_an_adapter_is_for_the_weights_that_its_run_saw(base, tmp_path, capsys):
+    """Not for those that lie in the same place now; and that they were rounded in training is said."""
+    shutil.copytree(base("text"), tmp_path / "base")
+    config = on(of_method(config_of("text", tmp_path, steps=2), "lora"), tmp_path / "base")
+    loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+    half = replace(config, model=replace(config.model, frozen_dtype="bfloat16"))
+    loop.train(half, tmp_path / "half", devices=jax.devices()[ONE])
+    capsys.readouterr()
+    export(tmp_path / "half", tmp_path / "rounded", adapter=True)
+    assert "frozen matrices were bfloat16 in training" in capsys.readouterr().err
+    weights = load_file(tmp_path / "base/model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][3, 5] += 1.0
+    save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    for run in ("run", "half"):
+        with pytest.raises(
+            UserError, match=r"other weights than those of .*base now: 1 differ, such as bert/embeddings/word"
+        ):
+            export(tmp_path / run, tmp_path / "adapter", adapter=True)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_best_of_adalora_is_within_its_budget(base, tmp_path, monkeypatch):
+    """Though every evaluation is worse than the one before: those before pruning has ended decide nothing."""
+    worse = iter(range(100, 0, -1))
+    real = loop.evaluate
+
+    def evaluate(*args):
+        found = real(*args)
+        return replace(found, metrics=found.metrics | {"accuracy": float(next(worse))})
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    config = on(of_method(config_of("text", tmp_path, steps=10, early_stopping=2), "adalora"), base("text"))
+    config = replace(config, evaluation=replace(config.evaluation, every_steps=1))
+    result = loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+    assert (result["best_step"], result["steps"]) == (7, 9)
+    _, weights = open_model(str(tmp_path / "run"))
+    layers = layers_of(weights)
+    assert sum(np.count_nonzero(weights[f"{layer}/lora_e"]) for layer in layers) == 2 * len(layers)
+    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    fields = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (fields["tinit"], fields["tfinal"], fields["total_step"]) == (1, 3, 10)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens \[5\] is not supported, only null"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga' changes the base model too"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out true is not supported, only false"),
         ({"peft_type": "OFT"}, "peft_type 'OFT' is not among LORA, ADALORA, IA3"),
         ({"rank_pattern": {"query": 2}}, 'rank_pattern {"query": 2} is not supported, only {}'),
@@ -655,6 +794,10 @@ def test_an_adapter_for_another_kind_of_model_is_said(runs, base, tmp_path):
     [
         ("text", {"peft": {"method": "lora", "rank": 17}}, "peft.rank 17 is over 16, the smaller side of bert/encoder/layer/0/attention/self/query; lower it"),
         ("text", {"peft": {"method": "lora", "targets": ["qery"]}}, "peft.targets: regex 'qery' matches no layer; the nearest are"),
+        ("text", {"peft": {"method": "ia3", "feedforward": ["nonsense"]}}, "peft.feedforward: regex 'nonsense' matches no layer that peft.targets names"),
+        ("text", {"peft": {"method": "ia3", "feedforward": ["("]}}, "peft.feedforward: regex '('"),
+        ("text", {"peft": {"method": "ia3", "targets": ["key"], "feedforward": ["layer/0/.*key"]}, "model": {"scan_layers": True}}, "model.scan-layers needs layers that are alike"),
+        ("text", {"peft": {"method": "adalora", "prune_from": 0.99, "prune_until": 1.0}}, "peft.prune-from 0.99 prunes from update 8 on, of 8 in all"),
         ("image", {"peft": {"method": "ia3"}, "model": {"batch_norm": "frozen"}}, "peft.method ia3 is not for family resnet; it has lora, adalora, bottleneck"),
         ("image", {"peft": {"method": "lora"}}, "peft.method lora leaves the running averages to the adapter's model; set model.batch-norm frozen"),
         ("text", {"peft": {"method": "lora", "targets": ["layer/1/.*query$"]}, "model": {"scan_layers": True}}, "model.scan-layers needs layers that are alike"),
