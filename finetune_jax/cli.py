@@ -143,6 +143,10 @@ class Predict:
         options = {"batch_size": self.batch_size, "logits": self.logits}
         if self.adapters and len(models) > 1:
             raise UserError(f"--adapters are on one model, --model names {len(models)}; name one")
+        if self.adapters and self.step != "best":
+            raise UserError(
+                f"--step {self.step} is of a run, --adapters are folders of one step; leave it out"
+            )
         if self.adapters:
             adapted = open_adapters(models[0], self.adapters)
             predict_file(

@@ -21,6 +21,7 @@ from finetune_jax.job import CONFIG_FILE, Job, open_pretrained, save_model_folde
 from finetune_jax.opening import is_run, open_model
 from finetune_jax.peft import hf_format, install
 from finetune_jax.peft.hf_format import adapter_files
+from finetune_jax.peft.selection import KINDS
 from finetune_jax.runfolder import MANIFEST_FILE, RESULT_FILE
 from finetune_jax.step import make_forward
 from finetune_jax.storage import Folder
@@ -96,7 +97,8 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
     whole = "export without --adapter writes the whole model" if can_be_whole else "it stays a run folder"
     if job.peft.method == "none":
         raise UserError(f"{run} has no adapter: its peft.method is none; {whole}")
-    if saved.model.train != "all":
+    trained = "(?!)" if saved.model.train == "all" else KINDS[saved.model.train]
+    if saved.model.train != "all" and job.peft.method != "bottleneck":
         raise UserError(
             f"{run} trained {saved.model.train} of the model too (model.train), which an adapter has not; {whole}"
         )
@@ -110,7 +112,7 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
         raise UserError(f"{base.source} has no {', '.join(new)}: an adapter would lack them too; {whole}")
     host = jax.device_get(weights)
     changed = sorted(path for path, value in own.params.items() if not _is_as_it_was(host[path], value))
-    changed = [path for path in changed if not re.fullmatch(family.head, path)]
+    changed = [path for path in changed if not re.fullmatch(f"{family.head}|{trained}", path)]
     if changed:
         raise UserError(
             f"{run} was trained on other weights than those of {base.source} now: {len(changed)} differ, such as {changed[0]}; put them"
@@ -124,8 +126,9 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
         )
     ended = json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}
     steps = saved.train.steps or ended.get("steps", step)
+    also = [path for path in own.params if re.fullmatch(trained, path)]
     fields, tensors = adapter_files(
-        family, host, job.peft, base.source, job.task.architecture, job.model_config, steps
+        family, host, job.peft, base.source, job.task.architecture, job.model_config, steps, also
     )
     fields["revision"] = saved.model.revision
     digest = {hf_format.BASE_DIGEST: hf_format.digest_of(own.params)}

@@ -329,6 +329,10 @@ def make_updates(
     model = config.model
     is_frozen = frozen_parameters(model.train, model.freeze, always, parameters, has_method=has_method)
     trained = [path for path, frozen in is_frozen.items() if not frozen]
+    if len(trained) == len(parameters) and model.frozen_dtype != "float32":
+        raise UserError(
+            f"model.frozen-dtype {model.frozen_dtype} is for frozen parameters, and all are trained; leave it out, or see model.dtype"
+        )
     depth = depths(parameters, family.STEM, family.BLOCK)
     pace = paces(depth, trained, optim.layer_decay, optim.rates, optim.unfreeze_every)
     schedule = schedule or make_schedule(config.optim, total_steps)

@@ -120,6 +120,7 @@ def validate(config: Config) -> Config:
     _check_averages(config.methods)
     _check_adversarial(config.methods)
     _check_peft(config)
+    _check_paces(config)
     _check_reinit(config)
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
@@ -368,10 +369,31 @@ def _check_peft(config: Config) -> None:
         raise UserError(
             f"peft.method {config.peft.method} leaves the running averages to the adapter's model; set model.batch-norm frozen"
         )
+    if config.peft.method in ("prefix", "prompt") and config.model.train in ("bias", "norm"):
+        raise UserError(
+            f"peft.method {config.peft.method} and model.train {config.model.train} exclude each other: what a {config.peft.method} is"
+            " exported as has no place for parameters of the model; leave one of them out"
+        )
     if config.peft.method != "none" and config.model.train == "head":
         raise UserError(
             f"model.train head would leave peft.method {config.peft.method} untrained; leave one of them out"
         )
+
+
+def _check_paces(config: Config) -> None:
+    """
+    Raises:
+        UserError: Rates of layers that are not trained.
+    """
+    optim = config.optim
+    for name, is_set in (
+        (f"optim.layer-decay {optim.layer_decay:g}", optim.layer_decay != 1),
+        (f"optim.unfreeze-every {optim.unfreeze_every}", optim.unfreeze_every is not None),
+    ):
+        if is_set and config.model.train == "head":
+            raise UserError(
+                f"{name} is for the layers below the head, which model.train head freezes; leave one of them out"
+            )
 
 
 def _check_reinit(config: Config) -> None:

@@ -185,6 +185,10 @@ def test_each_line_is_answered_by_its_adapter(adapters, tmp_path, capsys):
         cli.main(["predict", "--model", base, *words, "--input", str(lines_of(tmp_path, rows))])
     assert stop.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["predict", "--model", base, *words, "--step", "latest"])
+    assert stop.value.code == 2
+    assert "--step latest is of a run, --adapters are folders of one step" in capsys.readouterr().err
 
 
 def test_a_line_without_its_adapter_is_said(adapters, tmp_path):

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def adapter_files(
     architecture: str,
     model_config: Any,
     steps: int,
+    also: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(adapter_config.json, tensors of adapter_model.safetensors) of a trained model.
 
@@ -112,6 +113,7 @@ def adapter_files(
         architecture: HF's class.
         model_config: Of the model, whose sizes peft writes down for prefix and prompt.
         steps: Updates of the whole training.
+        also: Paths of the model's own parameters that were trained beside a bottleneck, as Houlsby's LayerNorms are.
     """
     values = {
         path: np.asarray(value).astype(np.float32, copy=False)
@@ -140,8 +142,9 @@ def adapter_files(
         fields |= _of_layers(config, modules, kept, steps)
         tensors = _layer_tensors(values, config, modules, kept)
     prefix = PROMPT_PREFIX if config.method in _VECTORS else PREFIX
+    values |= {path: np.asarray(weights[path], np.float32) for path in also}
     for path, value in values.items():
-        if re.fullmatch(family.head, path):
+        if path in also or re.fullmatch(family.head, path):
             row = family.names.to_hf(path)
             assert row is not None
             tensors[prefix + row[0]] = row[1].to_hf(value)
@@ -386,7 +389,7 @@ def _ours(family: Family, method: str, key: str, value: np.ndarray, folder: Path
         made = transform.from_hf(value)
         return f"{layer}/{name}", made[0, 0] if made.ndim == 4 and name == "lora_b" else made
     row = family.names.from_hf(bare)
-    if row is None or not re.fullmatch(family.head, row[0]):
+    if row is None or (method != "bottleneck" and not re.fullmatch(family.head, row[0])):
         raise UserError(
             f"{folder}: a {family.prefix.removesuffix('.')} model has no place for the tensor {key}; is"
             " base_model_name_or_path of another kind of model?"

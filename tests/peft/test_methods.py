@@ -681,6 +681,23 @@ def test_an_adapter_brings_its_inputs(kind, base, tmp_path):
         np.testing.assert_array_equal(ours, np.asarray(beside["logits"], np.float32))
 
 
+@pytest.mark.parametrize(("kind", "name"), [("text", "houlsby"), ("image", "pfeiffer")])
+def test_a_bottleneck_brings_the_norms_that_were_trained_beside_it(kind, name, base, tmp_path):
+    """arXiv:1902.00751, section 2.1."""
+    config = on(of_method(config_of(kind, tmp_path, steps=3), name), base(kind))
+    config = replace(config, model=replace(config.model, train="norm"))
+    loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+    assert export(tmp_path / "run", tmp_path / "adapter", verify=True, adapter=True) == 0.0
+    rows = inputs(kind, tmp_path)
+    for ours, theirs in zip(
+        logits_of(tmp_path / "run", rows), logits_of(tmp_path / "adapter", rows), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    names = [name for name in load_file(tmp_path / "adapter/adapter_model.safetensors") if "orm" in name]
+    assert names, "they are in it"
+    assert not any("query" in name for name in names)
+
+
 def test_an_adapter_is_for_the_weights_that_its_run_saw(base, tmp_path, capsys):
     """Not for those that lie in the same place now; and that they were rounded in training is said."""
     shutil.copytree(base("text"), tmp_path / "base")
@@ -794,6 +811,10 @@ def test_an_adapter_for_another_kind_of_model_is_said(runs, base, tmp_path):
     [
         ("text", {"peft": {"method": "lora", "rank": 17}}, "peft.rank 17 is over 16, the smaller side of bert/encoder/layer/0/attention/self/query; lower it"),
         ("text", {"peft": {"method": "lora", "targets": ["qery"]}}, "peft.targets: regex 'qery' matches no layer; the nearest are"),
+        ("text", {"model": {"train": "head"}, "optim": {"layer_decay": 0.8}}, "optim.layer-decay 0.8 is for the layers below the head"),
+        ("text", {"model": {"train": "head"}, "optim": {"unfreeze_every": 5}}, "optim.unfreeze-every 5 is for the layers below the head"),
+        ("text", {"model": {"frozen_dtype": "bfloat16"}}, "model.frozen-dtype bfloat16 is for frozen parameters, and all are trained"),
+        ("text", {"peft": {"method": "prompt"}, "model": {"train": "norm"}}, "peft.method prompt and model.train norm exclude each other"),
         ("text", {"peft": {"method": "ia3", "feedforward": ["nonsense"]}}, "peft.feedforward: regex 'nonsense' matches no layer that peft.targets names"),
         ("text", {"peft": {"method": "ia3", "feedforward": ["("]}}, "peft.feedforward: regex '('"),
         ("text", {"peft": {"method": "ia3", "targets": ["key"], "feedforward": ["layer/0/.*key"]}, "model": {"scan_layers": True}}, "model.scan-layers needs layers that are alike"),
