@@ -453,9 +453,9 @@ def pretrained_weights(
     job: Job,
     checkpoint: Checkpoint | None,
     replace_head: bool,
-    reinit_layers: int,
-    seed: int,
-    is_frozen: Mapping[str, bool],
+    reinit_layers: int = 0,
+    seed: int = 0,
+    is_frozen: Mapping[str, bool] | None = None,
 ) -> tuple[dict[str, np.ndarray], str]:
     """Weights of the checkpoint by path, with what a method makes of them, and a sentence on what was and was not in it.
 
@@ -485,7 +485,7 @@ def pretrained_weights(
         if depth[path] < top - reinit_layers or re.fullmatch(family.HEAD, path)
     }
     anew = loaded.params.keys() - kept.keys()
-    if still := sorted(path for path in anew if is_frozen.get(path)):
+    if still := sorted(path for path in anew if (is_frozen or {}).get(path)):
         raise UserError(
             f"model.reinit-layers {reinit_layers} and model.freeze exclude each other: {len(still)} parameters, such as {still[0]}, would"
             " start from random weights and not be trained; change one of them"
