@@ -140,7 +140,8 @@ def open_adapter(folder: Path, base: Checkpoint | None = None) -> tuple[hf_forma
             )
         base = open_checkpoint(os.path.expandvars(source), revision if isinstance(revision, str) else None)
     adapter = hf_format.read_adapter(folder, PRETRAINED[base.family])
-    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", PREPROCESSOR_FILE)):
+    own_inputs = ("tokenizer.json", "vocab.txt") if base.family == "bert" else (PREPROCESSOR_FILE,)
+    if any((folder / name).is_file() for name in own_inputs):
         base = dataclasses.replace(base, inputs=folder)  # what it was trained with, where that is beside it
     if (folder / CONFIG_FILE).is_file():  # we write one, for the labels and the task
         own = open_checkpoint(str(folder))

@@ -123,13 +123,18 @@ def _open_study(optuna: Any, config: Config, metric: str, folder: Folder) -> Any
     Raises:
         UserError: It was begun with another recipe.
     """
+    direction = "maximize" if metrics.LARGER_IS_BETTER.get(metric, True) else "minimize"
     study = optuna.create_study(
         storage=f"sqlite:///{Path(folder).resolve() / STUDY_FILE}",
         study_name=_NAME,
-        direction="maximize" if metrics.LARGER_IS_BETTER.get(metric, True) else "minimize",
+        direction=direction,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=_FIRST_TRIALS),
         load_if_exists=True,
     )
+    if study.direction.name.lower() != direction:  # Optuna keeps the one that it was made with
+        raise UserError(
+            f"{folder} was begun with another evaluation.metric than {metric}; change it back, or name a new --workdir"
+        )
     _check_same_recipe(study, config, folder)
     # A sampler that is made anew must not draw again what it drew.
     drawn = len(study.get_trials(deepcopy=False))

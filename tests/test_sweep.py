@@ -178,6 +178,11 @@ def test_a_mistake_in_the_recipe_may_be_mended(tmp_path):
     frozen = replace(config, model=replace(config.model, freeze=("no such name",)))
     with pytest.raises(UserError, match="no such name"):
         sweep(frozen, tmp_path / "space.py", tmp_path / "w", 1, devices=devices)
+    other = replace(config, evaluation=replace(config.evaluation, metric="loss"))
+    with pytest.raises(
+        UserError, match=r"was begun with another evaluation.metric than loss; change it back"
+    ):
+        sweep(other, tmp_path / "space.py", tmp_path / "w", 1, devices=devices)
     found = sweep(config, tmp_path / "space.py", tmp_path / "w", 1, devices=devices)
     assert [row["state"] for row in found["trials"]] == ["complete"]
 
