@@ -111,8 +111,8 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
     if new:
         raise UserError(f"{base.source} has no {', '.join(new)}: an adapter would lack them too; {whole}")
     host = jax.device_get(weights)
-    changed = sorted(path for path, value in own.params.items() if not _is_as_it_was(host[path], value))
-    changed = [path for path in changed if not re.fullmatch(f"{family.head}|{trained}", path)]
+    stays = [path for path in own.params if not re.fullmatch(f"{family.head}|{trained}", path)]
+    changed = sorted(path for path in stays if not _is_as_it_was(host[path], own.params[path]))
     if changed:
         raise UserError(
             f"{run} was trained on other weights than those of {base.source} now: {len(changed)} differ, such as {changed[0]}; put them"
@@ -124,8 +124,7 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
             f"{rounded} frozen matrices were bfloat16 in training, where the adapter will stand beside those of {base.source} as they"
             " are: logits differ by what --verify says"
         )
-    ended = json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}
-    steps = saved.train.steps or ended.get("steps", step)
+    steps = saved.train.steps or _result_of(run).get("steps", step)
     also = [path for path in own.params if re.fullmatch(trained, path)]
     fields, tensors = adapter_files(
         family, host, job.peft, base.source, job.task.architecture, job.model_config, steps, also
@@ -174,10 +173,15 @@ def sample_batch(job: Job) -> dict[str, np.ndarray]:
     }
 
 
+def _result_of(run: Folder) -> dict[str, Any]:
+    """result.json; nothing before the run has ended."""
+    return json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}
+
+
 def model_card(run: Folder, job: Job, step: int) -> str:
     """Markdown: data, hyper-parameters and metrics of the run; `step` is the checkpoint's."""
     saved = config.load_saved(run / CONFIG_FILE)
-    result = json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}
+    result = _result_of(run)
     manifest = json.loads((run / MANIFEST_FILE).read_text("utf-8"))
     base = saved.model.pretrained
     lines = ["---", "library_name: transformers", "tags: [finetune-jax, jax, flax]"]
