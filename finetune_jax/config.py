@@ -344,6 +344,16 @@ class OptimConfig:
     """Largest global norm of the gradient; None leaves it alone."""
 
 
+OPTIM_FIELDS: dict[str, tuple[str, ...]] = {
+    "beta1": ("adamw", "lamb", "lion"),
+    "beta2": ("adamw", "lamb", "lion"),
+    "eps": ("adamw", "lamb"),
+    "momentum": ("sgd",),
+    "nesterov": ("sgd",),
+}
+"""The optimizers that a field of `OptimConfig` is for; those that are not here are for all."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How long, in batches of what size."""

@@ -4,10 +4,12 @@ from functools import reduce
 from typing import Any
 
 from finetune_jax.config import (
+    OPTIM_FIELDS,
     PEFT_FIELDS,
     Config,
     ImageConfig,
     MethodsConfig,
+    OptimConfig,
     PeftConfig,
     TaskConfig,
     TextConfig,
@@ -120,6 +122,7 @@ def validate(config: Config) -> Config:
     _check_averages(config.methods)
     _check_adversarial(config.methods)
     _check_peft(config)
+    _check_optimizer(config.optim)
     _check_paces(config)
     _check_reinit(config)
     if config.train.batch_size % config.train.accumulation:
@@ -340,11 +343,7 @@ def _check_peft(config: Config) -> None:
     peft, none = config.peft, PeftConfig()
     if peft.method == "none" and peft != none:
         raise UserError("peft.method is none, other fields of peft are set; name a method, or leave them out")
-    for name, methods in PEFT_FIELDS.items():
-        if getattr(peft, name) != getattr(none, name) and peft.method not in methods:
-            raise UserError(
-                f"peft.{name.replace('_', '-')} is for {' and '.join(methods)}, peft.method is {peft.method}; leave one of them out"
-            )
+    _check_others(peft, none, PEFT_FIELDS, "peft", "method")
     if peft.placement != none.placement and config.model.family != "bert":
         raise UserError(f"peft.placement is for family bert, not {config.model.family}; leave it out")
     if peft.method == "adalora":
@@ -378,6 +377,39 @@ def _check_peft(config: Config) -> None:
         raise UserError(
             f"model.train head would leave peft.method {config.peft.method} untrained; leave one of them out"
         )
+
+
+def _check_others(
+    given: Any, default: Any, fields: dict[str, tuple[str, ...]], place: str, choice: str
+) -> None:
+    """
+    Args:
+        given: A part of the config.
+        default: It, with nothing set.
+        fields: The choices that a field of it is for.
+        place: Its path.
+        choice: The field that makes the choice.
+
+    Raises:
+        UserError: A field is set that is for other choices.
+    """
+    chosen = getattr(given, choice)
+    for name, choices in fields.items():
+        if getattr(given, name) != getattr(default, name) and chosen not in choices:
+            raise UserError(
+                f"{place}.{name.replace('_', '-')} is for {' and '.join(choices)}, {place}.{choice} is {chosen};"
+                " leave one of them out"
+            )
+
+
+def _check_optimizer(optim: OptimConfig) -> None:
+    """
+    Raises:
+        UserError: Fields of another optimizer, or one that another leaves without effect.
+    """
+    _check_others(optim, OptimConfig(), OPTIM_FIELDS, "optim", "name")
+    if optim.nesterov and not optim.momentum:
+        raise UserError("optim.nesterov looks ahead along optim.momentum, which is 0; leave one of them out")
 
 
 def _check_paces(config: Config) -> None:

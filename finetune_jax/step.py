@@ -45,7 +45,7 @@ class Updates:
     frozen_dtype: DTypeLike = jnp.float32
     """Of the matrices that it does not move."""
     decides_from: int = 0
-    """Updates before the first after which an evaluation may find the best: what was before it is not what the method makes."""
+    """Updates, without those that were skipped, before the first after which an evaluation may find the best: what was before it is not what the method makes."""
     penalty: Callable[[Flat], jax.Array] | None = None
     """Of the parameters: what is added to the mean loss before its gradient is taken, and not to the loss that is told."""
 

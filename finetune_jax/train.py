@@ -360,7 +360,12 @@ def finish(
     late: "Late",
 ) -> dict[str, Any]:
     """The result: the best checkpoint on validation and test, and result.json."""
-    step = int(state.step)
+    step, updates = int(state.step), updates_done(state)
+    if step == setup.total_steps and updates < setup.updates.decides_from:
+        writer.say(
+            f"peft.method {setup.config.peft.method} prunes until update {setup.updates.decides_from}, and {step - updates} of {step}"
+            f" were skipped: more than its budget may be left; lower peft.prune-until ({setup.config.peft.prune_until:g}) in a new --workdir"
+        )
     best, weights = progress.best_step or step, state.served
     if best != step:
         try:
@@ -459,7 +464,7 @@ class Validation:
             )
         if self._on_evaluation is not None:
             self.is_hopeless = self._on_evaluation(step, value)
-        if step < setup.updates.decides_from:
+        if updates_done(state) < setup.updates.decides_from:
             return
         better = metrics.is_better(setup.metric, value, progress.best_value)
         progress.stale = 0 if better else progress.stale + 1
@@ -470,6 +475,11 @@ class Validation:
 # ---------------------------------------------------------------------------------------------------------------------
 # When
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def updates_done(state: TrainState) -> int:
+    """Steps whose update was not skipped: what schedules and methods count in."""
+    return int(state.step) - int(state.skipped)
 
 
 def deciding_metric(config: Config) -> str:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from finetune_jax.config import OptimConfig
+from finetune_jax.config import Config, OptimConfig
+from finetune_jax.errors import UserError
+from finetune_jax.limits import validate
 from finetune_jax.optim import guarded, make_optimizer, make_schedule, scale_by_adam
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -204,3 +206,17 @@ def test_no_moment_is_copied_before_it_is_overwritten():
     schedule = make_schedule(config, 10)
     assert copies(make_optimizer(config, schedule, {"w": True}, {})) == 0
     assert copies(guarded(optax.adamw(schedule))) > 0, "this test sees copies where there are some"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "sgd", "beta2": 0.95}, "optim.beta2 is for adamw and lamb and lion, optim.name is sgd; leave one of them out"),
+        ({"momentum": 0.5}, "optim.momentum is for sgd, optim.name is adamw; leave one of them out"),
+        ({"name": "adafactor", "eps": 1e-6}, "optim.eps is for adamw and lamb, optim.name is adafactor; leave one of them out"),
+        ({"name": "sgd", "momentum": 0.0, "nesterov": True}, "optim.nesterov looks ahead along optim.momentum, which is 0; leave one of them out"),
+    ],
+)  # fmt: skip
+def test_what_the_optimizer_does_not_read_is_refused(given, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        validate(Config(optim=OptimConfig(**given)))

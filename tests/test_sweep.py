@@ -216,6 +216,7 @@ def test_the_words_of_a_trial_are_those_of_the_train_command():
     values = {
         "optim.learning-rate": 3e-5,
         "train.tensorboard": False,
+        "optim.name": "sgd",
         "optim.nesterov": True,
         "peft.targets": ["query$", "layer/[01]/.* key"],
         "task.asymmetric": (0.0, 2.0),

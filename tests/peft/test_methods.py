@@ -39,8 +39,10 @@ from finetune_jax.peft.install import is_added, merged
 from finetune_jax.peft.lora import LoraConv, LoraLinear
 from finetune_jax.predict import predict
 from finetune_jax.step import make_forward, make_train_step
+from finetune_jax.tasks.sequence import SequenceClassification
 from finetune_jax.tree import flatten, unflatten
 from tests import tiny
+from tests.faults.test_numerics import poison
 from tests.tiny import assert_same_bits, config_of, saved
 
 with warnings.catch_warnings():
@@ -719,8 +721,12 @@ def test_an_adapter_is_for_the_weights_that_its_run_saw(base, tmp_path, capsys):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_the_best_of_adalora_is_within_its_budget(base, tmp_path, monkeypatch):
-    """Though every evaluation is worse than the one before: those before pruning has ended decide nothing."""
+@pytest.mark.parametrize(("skipped", "until", "best"), [(0, 0.7, 7), (2, 0.7, 9), (2, 1.0, None)])
+def test_the_best_of_adalora_is_within_its_budget(skipped, until, best, base, tmp_path, monkeypatch, capsys):
+    """Though every evaluation is worse than the one before: those before pruning has ended decide nothing.
+
+    Pruning counts updates, without those that were skipped. One that so never ends is told of.
+    """
     worse = iter(range(100, 0, -1))
     real = loop.evaluate
 
@@ -731,14 +737,25 @@ def test_the_best_of_adalora_is_within_its_budget(base, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "evaluate", evaluate)
     config = on(of_method(config_of("text", tmp_path, steps=10, early_stopping=2), "adalora"), base("text"))
     config = replace(config, evaluation=replace(config.evaluation, every_steps=1))
+    config = replace(config, peft=replace(config.peft, prune_until=until))
+    if skipped:
+        with pytest.raises(loop.Stopped):
+            loop.train(config, tmp_path / "run", devices=jax.devices()[ONE], stop_at=2)
+        with monkeypatch.context() as patch:
+            poison(patch, SequenceClassification, lambda mark: mark >= 0, "nan")
+            with pytest.raises(loop.Stopped):
+                loop.train(config, tmp_path / "run", devices=jax.devices()[ONE], stop_at=2 + skipped)
     result = loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
-    assert (result["best_step"], result["steps"]) == (7, 9)
+    said = "peft.method adalora prunes until update 10, and 2 of 10 were skipped: more than its budget may be left"
+    assert (said in capsys.readouterr().err) == (best is None)
+    assert (result["best_step"], result["steps"]) == (best or 10, 9 if best == 7 else 10)
     _, weights = open_model(str(tmp_path / "run"))
     layers = layers_of(weights)
-    assert sum(np.count_nonzero(weights[f"{layer}/lora_e"]) for layer in layers) == 2 * len(layers)
+    if best is not None:
+        assert sum(np.count_nonzero(weights[f"{layer}/lora_e"]) for layer in layers) == 2 * len(layers)
     export(tmp_path / "run", tmp_path / "adapter", adapter=True)
     fields = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert (fields["tinit"], fields["tfinal"], fields["total_step"]) == (1, 3, 10)
+    assert (fields["tinit"], fields["tfinal"], fields["total_step"]) == (1, 10 - round(10 * until), 10)
 
 
 @pytest.mark.parametrize(
