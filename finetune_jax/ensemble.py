@@ -29,7 +29,7 @@ def members(
         job, weights = open_model(model, step=step, max_length=max_length, mesh=mesh)
         if first is None:
             first = job
-            if _is_of_pieces(job):
+            if job.task.of_pieces:
                 max_length = job.task.max_length  # pyright: ignore[reportAttributeAccessIssue]
         for what, one, other in _told(first, job):
             if one != other:
@@ -51,18 +51,13 @@ def _told(one: Job, other: Job) -> list[tuple[str, Any, Any]]:
         ("the labels", one.task.labels, other.task.labels),
         ("the tokenizer or image processor", inputs(one), inputs(other)),
     ]
-    if _is_of_pieces(one):
+    if one.task.of_pieces:
         lengths = [getattr(job.task, "max_length", 0) for job in (one, other)]
         rows += [
             ("the number of virtual tokens", *virtual),
             ("the longest window (in pieces; name the shortest first)", *lengths),
         ]
     return rows
-
-
-def _is_of_pieces(job: Job) -> bool:
-    """Whether it has logits for each piece of a window."""
-    return job.task.architecture.endswith("TokenClassification")
 
 
 def _short(value: Any) -> str:

@@ -160,7 +160,7 @@ def sample_batch(job: Job) -> dict[str, np.ndarray]:
     known = job.model_config.vocab_size + install.tokens_in_rows(job.peft)
     rows, length = 4, min(32, room)
     ids = rng.integers(0, known, (rows, length)).astype(np.int32)
-    wide = job.task.architecture.endswith("TokenClassification")
+    wide = job.task.of_pieces
     flat = (rows, length) if wide else (rows, 1)
     return {
         "input_ids": ids,

@@ -164,7 +164,7 @@ def _architecture(folder: Path, task_type: str, base: Checkpoint) -> str:
     """
     if base.family == "resnet":
         return "ResNetForImageClassification"
-    heads = {"SEQ_CLS": "BertForSequenceClassification", "TOKEN_CLS": "BertForTokenClassification"}
+    heads = hf_format.HEADS
     own = next((name for name in base.architectures if name in heads.values()), None)
     architecture = heads.get(task_type, own)
     if architecture is None:

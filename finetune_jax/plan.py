@@ -381,7 +381,7 @@ class Subject:
         """FLOPs of one device."""
         rows, length = batches.rows, batches.shape.length
         if job.family == "bert":
-            tokens = job.task.architecture.endswith("TokenClassification")
+            tokens = job.task.of_pieces
             outputs = rows * (length if tokens else batches.shape.segments)
             sizes = (rows, length, outputs)
         else:

@@ -588,9 +588,7 @@ def announce(setup: Setup, note: str) -> None:
     for split, features in setup.examples.items():
         cut = int(getattr(features, "cut", 0))
         if cut:
-            how = (
-                "split into windows" if job.task.architecture.endswith("TokenClassification") else "truncated"
-            )
+            how = "split into windows" if job.task.of_pieces else "truncated"
             say(f"{split}: {cut} of {len(features)} examples are over data.max-length and were {how}")
 
 
@@ -655,7 +653,7 @@ def with_class_weights(job: Job, config: Config, source: Source) -> Job:
     """The job with the config's class weights, counted on the training split."""
     if source.labels is None or config.task.class_weights == "none":
         return job
-    name = "tags" if job.task.architecture.endswith("TokenClassification") else "label"
+    name = "tags" if job.task.of_pieces else "label"
     values = source.splits["train"].columns([name])[name]
     flat = np.concatenate([np.asarray(v, np.int64).reshape(-1) for v in values])
     counts = np.bincount(flat, minlength=len(source.labels))

@@ -38,6 +38,8 @@ KINDS = {
     "prompt": "PROMPT_TUNING",
     "bottleneck": "BOTTLENECK",
 }
+HEADS = {"SEQ_CLS": "BertForSequenceClassification", "TOKEN_CLS": "BertForTokenClassification"}
+"""The model that a task_type is for; those of images have none."""
 _VECTORS = {"prefix": "bert/prefix/prefix", "prompt": f"{WORDS}/prompt"}
 _PROMPT_KEY = "prompt_embeddings"
 _OFF: Mapping[str, tuple[Any, ...]] = {
@@ -122,7 +124,7 @@ def adapter_files(
     }
     fields: dict[str, Any] = {
         "peft_type": KINDS[config.method],
-        "task_type": _task_type(architecture),
+        "task_type": next((kind for kind, name in HEADS.items() if name == architecture), None),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "modules_to_save": ["classifier"],
@@ -322,13 +324,6 @@ def _number(fields: Mapping[str, Any], name: str, default: Any, folder: Path) ->
 def _exactly(layers: Iterable[str]) -> tuple[str, ...]:
     """Regexes of these and no others."""
     return tuple(f"^{re.escape(layer)}$" for layer in sorted(layers))
-
-
-def _task_type(architecture: str) -> str | None:
-    for ending, kind in (("ForSequenceClassification", "SEQ_CLS"), ("ForTokenClassification", "TOKEN_CLS")):
-        if architecture.endswith(ending) and architecture.startswith("Bert"):
-            return kind
-    return None
 
 
 def _module(family: Family, layer: str) -> str:

@@ -50,6 +50,8 @@ class Task(abc.ABC):
     model_class: ClassVar[type[nnx.Module]]
     problem_type: ClassVar[str | None] = None
     """HF config field."""
+    of_pieces: ClassVar[bool] = False
+    """Logits for each word piece, not one set an example."""
     metric: ClassVar[str]
     """Decides the best checkpoint unless the config names another."""
     metric_names: ClassVar[tuple[str, ...]]

@@ -25,6 +25,7 @@ class TokenClassification(ClassTask, TextTask):
 
     architecture = "BertForTokenClassification"
     model_class = BertForTokenClassification
+    of_pieces = True
     metric = "f1"
     metric_names = metrics.ENTITIES
 
