@@ -17,6 +17,7 @@ a seed is a round.
 import itertools
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -377,7 +378,7 @@ def table(known: dict[str, Any]) -> list[str]:
         cost = ["1.00" if row == PLAIN else NOT_RUN] * 2
         if timings:
             cost = [f"{statistics.median(of[name] for of in timings):.2f}" for name in ("step", "memory")]
-        said = " ".join(of_row(way)).replace("|", "\\|")
+        said = shlex.join(of_row(way)).replace("|", "\\|")
         said = f"`{said}`" if said else ""
         share = shares.get("sst2, 1,000", next(iter(shares.values()), None))
         share = NOT_RUN if share is None else f"{share:.3g}"

