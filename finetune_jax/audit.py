@@ -1,7 +1,6 @@
 """What `finetune-jax checkpoint` finds in a run folder. It reads files only: no model, no accelerator."""
 
-from finetune_jax.checkpoint import DAMAGED, DIRECTORY, Checkpoints
-from finetune_jax.errors import UserError
+from finetune_jax.checkpoint import DAMAGED, DIRECTORY, Checkpoints, not_a_run
 from finetune_jax.storage import Folder
 
 
@@ -46,5 +45,5 @@ def inspect_step(run: Folder, step: str = "latest") -> list[str]:
 
 def _of(run: Folder) -> Checkpoints:
     if not (run / DIRECTORY).is_dir():
-        raise UserError(f"{run} is not a run folder; name the --workdir of finetune-jax train")
+        raise not_a_run(run)
     return Checkpoints(run)

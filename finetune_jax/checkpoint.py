@@ -385,6 +385,22 @@ class CheckpointWriter:
             storage.remove(left)
 
 
+def runs_in(folder: storage.Folder) -> list[str]:
+    """Names of the run folders in one that is none itself, as `--seeds` and a sweep leave it."""
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return []
+    return sorted(path.name for path in folder.iterdir() if (path / DIRECTORY).is_dir())
+
+
+def not_a_run(folder: storage.Folder) -> UserError:
+    """What to say where a run folder is asked for."""
+    if runs := runs_in(folder):
+        return UserError(
+            f"{folder} holds {len(runs)} runs and is none itself; name one, such as {folder}/{runs[0]}"
+        )
+    return UserError(f"{folder} is not a run folder; name the --workdir of finetune-jax train")
+
+
 def _array_writer() -> ocp.PyTreeCheckpointHandler:
     """Devices that hold the same array write a part of it each, where the parts are large; left alone, Orbax cuts the smallest too."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE_BYTES)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from finetune_jax import metrics, storage
+from finetune_jax.checkpoint import not_a_run, runs_in
 from finetune_jax.compiling import compile_all
 from finetune_jax.config import Config, load_saved
 from finetune_jax.data.packing import Batching
@@ -22,8 +23,7 @@ from finetune_jax.data.pipeline import (
 from finetune_jax.data.sources import load_source
 from finetune_jax.ensemble import averaged, members
 from finetune_jax.errors import UserError
-from finetune_jax.job import CONFIG_FILE, Job
-from finetune_jax.opening import is_run
+from finetune_jax.job import CONFIG_FILE, Job, is_run
 from finetune_jax.sharding import batch_parts
 from finetune_jax.step import abstract_batch, lower_forward, make_features, make_forward
 from finetune_jax.tasks import TASKS
@@ -170,6 +170,8 @@ def open_splits(
     """
     if config is None:
         path = storage.place(models[0])
+        if runs_in(path):
+            raise not_a_run(path)
         if not is_run(path):
             raise UserError(f"{models[0]} is not a run folder: say which data with --config")
         config = load_saved(path / CONFIG_FILE)

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from finetune_jax import __version__, config, signals
-from finetune_jax.checkpoint import Checkpoints
+from finetune_jax.checkpoint import Checkpoints, not_a_run
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES, export_tensors, load_params
-from finetune_jax.job import CONFIG_FILE, Job, open_pretrained, save_model_folder
-from finetune_jax.opening import is_run, open_model
+from finetune_jax.job import CONFIG_FILE, Job, is_run, open_pretrained, save_model_folder
+from finetune_jax.opening import open_model
 from finetune_jax.peft import hf_format, install
 from finetune_jax.peft.hf_format import adapter_files
 from finetune_jax.peft.selection import KINDS
@@ -57,7 +57,7 @@ def export(
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder or remove it")
     if not is_run(run):
-        raise UserError(f"{run} is not a run folder; name the --workdir of finetune-jax train")
+        raise not_a_run(run)
     number = Checkpoints(run).choose(step)
     job, weights = open_model(str(run), step=str(number))
     if not adapter and job.peft.method not in ("none", *install.MERGED):
@@ -71,7 +71,7 @@ def export(
             save_adapter(run, job, weights, draft, number)
         else:
             files.save_tensors(draft, export_tensors(job.family, install.merged(weights, job.peft)))
-        (draft / CARD_FILE).write_text(model_card(run, job, number), encoding="utf-8")
+        (draft / CARD_FILE).write_text(model_card(run, job, number, adapter=adapter), encoding="utf-8")
         difference = largest_difference(job, weights, draft) if verify else None
     return difference
 
@@ -124,15 +124,27 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
             f"{rounded} frozen matrices were bfloat16 in training, where the adapter will stand beside those of {base.source} as they"
             " are: logits differ by what --verify says"
         )
-    steps = saved.train.steps or _result_of(run).get("steps", step)
+    steps = saved.train.steps or _result_of(run).get("total_steps", step)
     also = [path for path in own.params if re.fullmatch(trained, path)]
     fields, tensors = adapter_files(
-        family, host, job.peft, base.source, job.task.architecture, job.model_config, steps, also
+        family, host, job.peft, _findable(base.source), job.task.architecture, job.model_config, steps, also
     )
     fields["revision"] = saved.model.revision
     digest = {hf_format.BASE_DIGEST: hf_format.digest_of(own.params)}
     files.save_tensors(folder, tensors, hf_format.WEIGHTS_FILE, **digest)
     (folder / hf_format.CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _findable(source: str) -> str:
+    """The base model as an adapter names it: a folder by its whole path, so that it is found from other folders."""
+    if source.startswith("package:"):
+        say(
+            f"peft does not find {source}, which the adapter is for: give it the model, PeftModel.from_pretrained(model, FOLDER); evaluate"
+            " and predict find it"
+        )
+        return source
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else source
 
 
 def _is_as_it_was(value: np.ndarray, loaded: np.ndarray) -> bool:
@@ -178,13 +190,14 @@ def _result_of(run: Folder) -> dict[str, Any]:
     return json.loads((run / RESULT_FILE).read_text("utf-8")) if (run / RESULT_FILE).is_file() else {}
 
 
-def model_card(run: Folder, job: Job, step: int) -> str:
-    """Markdown: data, hyper-parameters and metrics of the run; `step` is the checkpoint's."""
+def model_card(run: Folder, job: Job, step: int, *, adapter: bool = False) -> str:
+    """Markdown: data, hyper-parameters and metrics of the run; `step` is the checkpoint's, whole or as an `adapter`."""
     saved = config.load_saved(run / CONFIG_FILE)
     result = _result_of(run)
     manifest = json.loads((run / MANIFEST_FILE).read_text("utf-8"))
     base = saved.model.pretrained
-    lines = ["---", "library_name: transformers", "tags: [finetune-jax, jax, flax]"]
+    library = "transformers" if not adapter else "finetune-jax" if job.peft.method == "bottleneck" else "peft"
+    lines = ["---", f"library_name: {library}", "tags: [finetune-jax, jax, flax]"]
     if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a hub id
         lines.append(f"base_model: {base}")
     lines += ["---", "", f"# {job.task.architecture}", ""]

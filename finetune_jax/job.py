@@ -19,8 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from finetune_jax import storage
+from finetune_jax.checkpoint import DIRECTORY, not_a_run, runs_in
 from finetune_jax.config import (
     Config,
+    ImageConfig,
     MeshConfig,
     MethodsConfig,
     ModelConfig,
@@ -34,7 +36,14 @@ from finetune_jax.data.text import load_tokenizer
 from finetune_jax.data.words import Vocabulary, WordAugmentation, varies
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
-from finetune_jax.hf.pretrained import Checkpoint, export_config, load_params, open_checkpoint, parse_config
+from finetune_jax.hf.pretrained import (
+    Checkpoint,
+    export_config,
+    load_params,
+    open_checkpoint,
+    parse_config,
+    untaught,
+)
 from finetune_jax.kernels import PLATFORMS, attention_kernel
 from finetune_jax.methods.mixing import Mixing
 from finetune_jax.methods.objective import (
@@ -52,7 +61,7 @@ from finetune_jax.methods.perturbation import Perturbation, PixelOffsets, WordOf
 from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
-from finetune_jax.peft import install
+from finetune_jax.peft import hf_format, install
 from finetune_jax.peft.adalora import orthogonality, phases, pruned
 from finetune_jax.peft.selection import depths, frozen_parameters, paces
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
@@ -83,6 +92,8 @@ class Job:
     """Where each weight lies."""
     peft: PeftConfig = NO_PEFT
     """What has been put beside the model's own parameters."""
+    untaught: tuple[str, ...] = ()
+    """Paths of a pooler that its checkpoint lacks: random as a new head is, it is trained whatever else is."""
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:
@@ -164,6 +175,30 @@ def _check_alike(paths: Iterable[str], block: str, peft: PeftConfig) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def is_run(path: storage.Folder) -> bool:
+    """Whether this is a run folder of ours."""
+    return (path / MODEL_DIRECTORY / CONFIG_FILE).is_file() and (path / DIRECTORY).is_dir()
+
+
+def open_named(source: str, revision: str | None = None) -> Checkpoint:
+    """`open_checkpoint` of what a user names; environment variables are expanded.
+
+    Raises:
+        UserError: It is none: a run folder, one that holds runs, or an adapter, for example.
+    """
+    source = os.path.expandvars(source)
+    folder = Path(source).expanduser()
+    if is_run(folder):
+        raise UserError(f"{source} is a run folder; finetune-jax export makes a Hugging Face folder of it")
+    if runs_in(folder):
+        raise not_a_run(folder)
+    if (folder / hf_format.CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors*")):
+        raise UserError(
+            f"{source} is an adapter, not a whole model; name the model that it is for, or export its run without --adapter"
+        )
+    return open_checkpoint(source, revision)
+
+
 def open_pretrained(config: ModelConfig) -> Checkpoint | None:
     """The checkpoint that the config names, or None.
 
@@ -172,7 +207,7 @@ def open_pretrained(config: ModelConfig) -> Checkpoint | None:
     """
     if config.pretrained is None:
         return None
-    checkpoint = open_checkpoint(os.path.expandvars(config.pretrained), config.revision)
+    checkpoint = open_named(config.pretrained, config.revision)
     if checkpoint.family != config.family:
         raise UserError(
             f"{config.pretrained} is a {checkpoint.family} checkpoint, model.family is {config.family}; set --model.family"
@@ -206,7 +241,12 @@ def job_from_config(
     family, compute = config.model.family, compute_of(config.model)
     check_attention(config.model, model_config)
     attention = config.model.attention
-    return make_job(task, family, model_config, config.mesh, devices, compute, attention, config.peft)
+    job = make_job(task, family, model_config, config.mesh, devices, compute, attention, config.peft)
+    return (
+        job
+        if checkpoint is None
+        else dataclasses.replace(job, untaught=untaught(checkpoint, job.own_weights))
+    )
 
 
 def check_attention(config: ModelConfig, model_config: Any) -> None:
@@ -315,6 +355,17 @@ def _processor(config: Config, checkpoint: Checkpoint | None, channels: int) -> 
     return processor.with_size(image.size) if image.override_size else processor
 
 
+def overruled_pixels(image: ImageConfig, processor: ImageProcessor, channels: int) -> list[str]:
+    """Fields of data.image that are set and say something else than the checkpoint's own processor, which is used."""
+    asked = ImageProcessor.from_config(image, channels)
+    return [
+        name
+        for name in ("size", "resample", "mean", "std")
+        if getattr(image, name) != getattr(ImageConfig, name)
+        and getattr(asked, name) != getattr(processor, name)
+    ]
+
+
 def make_updates(
     config: Config, job: Job, total_steps: int, schedule: optax.Schedule | None = None
 ) -> Updates:
@@ -325,10 +376,15 @@ def make_updates(
     """
     parameters = [path for path in job.parts.abstract if path not in job.parts.statistics]
     family, optim = FAMILIES[job.family], config.optim
-    always, has_method = f"{family.HEAD}|{install.ADDED}", config.peft.method != "none"
+    always = "|".join((family.HEAD, install.ADDED, *map(re.escape, job.untaught)))
+    has_method = config.peft.method != "none"
     model = config.model
     is_frozen = frozen_parameters(model.train, model.freeze, always, parameters, has_method=has_method)
     trained = [path for path, frozen in is_frozen.items() if not frozen]
+    if has_method and not any(re.fullmatch(install.ADDED, path) for path in trained):
+        raise UserError(
+            f"model.freeze {list(model.freeze)} leaves nothing to train of what peft.method {config.peft.method} adds; change one of them"
+        )
     if len(trained) == len(parameters) and model.frozen_dtype != "float32":
         raise UserError(
             f"model.frozen-dtype {model.frozen_dtype} is for frozen parameters, and all are trained; leave it out, or see model.dtype"
@@ -460,16 +516,23 @@ def pretrained_weights(
     """Weights of the checkpoint by path, with what a method makes of them, and a sentence on what was and was not in it.
 
     Raises:
-        UserError: More layers are to start anew than there are, or some that are not trained.
+        UserError: More layers are to start anew than there are, or what is random would not be trained.
     """
+    is_frozen = is_frozen or {}
     if checkpoint is None:
-        return {}, "all weights are random"
+        held = sum(is_frozen.values())
+        return {}, "all weights are random" + (f", and {held} tensors of them stay so" if held else "")
     loaded = load_params(checkpoint, job.own_weights, replace_head=replace_head)
     note = f"{len(loaded.params)} tensors from {checkpoint.source}"
     if loaded.new:
         note += f"; new, random: {', '.join(loaded.new)}"
     if loaded.unused:
         note += f"; not used: {', '.join(loaded.unused)}"
+    if held := [path for path in loaded.new if is_frozen.get(path)]:
+        raise UserError(
+            f"{checkpoint.source} has no {held[0]}, and {len(held)} tensors that start from random weights would not be trained"
+            " (model.freeze); leave them out of it, or name a checkpoint that has them"
+        )
     begun = install.begin(job.peft, loaded.params, seed)
     if not reinit_layers:
         return {**loaded.params, **begun}, note
@@ -485,7 +548,7 @@ def pretrained_weights(
         if depth[path] < top - reinit_layers or re.fullmatch(family.HEAD, path)
     }
     anew = loaded.params.keys() - kept.keys()
-    if still := sorted(path for path in anew if (is_frozen or {}).get(path)):
+    if still := sorted(path for path in anew if is_frozen.get(path)):
         raise UserError(
             f"model.reinit-layers {reinit_layers} and model.freeze exclude each other: {len(still)} parameters, such as {still[0]}, would"
             " start from random weights and not be trained; change one of them"

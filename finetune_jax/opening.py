@@ -1,7 +1,6 @@
 """What a command works on where it does not train: a run folder, a Hugging Face folder, or adapters on one."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax import storage
-from finetune_jax.checkpoint import DIRECTORY, Checkpoints
+from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.compiling import use_cache
 from finetune_jax.config import DataConfig, MeshConfig, PeftConfig, load_saved, nearest
 from finetune_jax.data.image import ImageProcessor
@@ -26,7 +25,9 @@ from finetune_jax.job import (
     PREPROCESSOR_FILE,
     Job,
     compute_of,
+    is_run,
     make_job,
+    open_named,
     virtual_ids,
 )
 from finetune_jax.models.layers import FLOAT32
@@ -34,11 +35,6 @@ from finetune_jax.peft import hf_format, install
 from finetune_jax.state import initial_weights, place_weights
 from finetune_jax.tasks import TASKS, Task
 from finetune_jax.tree import Flat
-
-
-def is_run(path: storage.Folder) -> bool:
-    """Whether this is a run folder of ours."""
-    return (path / MODEL_DIRECTORY / CONFIG_FILE).is_file() and (path / DIRECTORY).is_dir()
 
 
 def open_model(
@@ -64,8 +60,8 @@ def open_model(
     if not run and (Path(path) / hf_format.CONFIG_FILE).is_file():
         adapter, checkpoint = open_adapter(Path(path))
     else:
-        checkpoint = open_checkpoint(
-            str(storage.local_copy(path / MODEL_DIRECTORY)) if run else os.path.expandvars(model)
+        checkpoint = (
+            open_checkpoint(str(storage.local_copy(path / MODEL_DIRECTORY))) if run else open_named(model)
         )
     compute, peft = FLOAT32, NO_PEFT if adapter is None else adapter.config
     if run:
@@ -105,7 +101,7 @@ def open_adapters(
         UserError: A folder is no adapter, or one for another model.
     """
     use_cache(cache_root(DataConfig()))
-    base = open_checkpoint(os.path.expandvars(model))
+    base = open_named(model)
     found: dict[str, tuple[Job, Flat]] = {}
     shared: Flat = {}
     for name, folder in folders.items():
@@ -138,7 +134,7 @@ def open_adapter(folder: Path, base: Checkpoint | None = None) -> tuple[hf_forma
             raise UserError(
                 f"{folder} does not name its model; set base_model_name_or_path in {hf_format.CONFIG_FILE}"
             )
-        base = open_checkpoint(os.path.expandvars(source), revision if isinstance(revision, str) else None)
+        base = open_named(source, revision if isinstance(revision, str) else None)
     adapter = hf_format.read_adapter(folder, PRETRAINED[base.family])
     own_inputs = ("tokenizer.json", "vocab.txt") if base.family == "bert" else (PREPROCESSOR_FILE,)
     if any((folder / name).is_file() for name in own_inputs):

@@ -11,6 +11,13 @@ from finetune_jax.config import OptimConfig
 from finetune_jax.peft.selection import Pace
 
 
+def warmup_updates(config: OptimConfig, total_steps: int) -> int:
+    """Over how many updates the learning rate rises."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return round(config.warmup_ratio * total_steps)
+
+
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Learning rate of update 0, 1, ...: a line from 0 to the peak over the warm-up, then the chosen decay.
 
@@ -18,9 +25,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     peak * sqrt(max(1, warm-up) / step) (Vaswani et al. 2017, eq. 3, without the model dimension).
     """
     peak = config.learning_rate
-    warmup = (
-        config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total_steps)
-    )
+    warmup = warmup_updates(config, total_steps)
     rest = max(1, total_steps - warmup)
     decay: optax.Schedule
     if config.schedule == "linear":
@@ -75,9 +80,9 @@ def make_optimizer(
         )
     elif config.name == "adafactor":
         # optax's own decay is of the whole parameter in each update, whatever the rate.
-        update = optax.chain(
-            guarded(optax.adafactor(schedule)), guarded(decayed(schedule, decay, decay_mask))
-        )
+        update = guarded(optax.adafactor(schedule))
+        if decay:
+            update = optax.chain(update, guarded(decayed(schedule, decay, decay_mask)))
     else:
         update = optax.chain(
             optax.add_decayed_weights(decay, decay_mask),

@@ -106,6 +106,10 @@ def predict_together(
     if not rows:
         return []
     places = places or [f"input {number}" for number in range(1, len(rows) + 1)]
+    if named := next((place for row, place in zip(rows, places, strict=True) if "adapter" in row), None):
+        raise UserError(
+            f"{named}: a line names an adapter, and none are there; name them with --adapters, or leave it out"
+        )
     found = []
     for job, weights in models:
         lines = read_rows(job, rows, places)
@@ -161,7 +165,8 @@ def predict_by_adapter(
         numbers.setdefault(name, []).append(number)
     made: dict[int, dict[str, Any]] = {}
     for name, group in numbers.items():
-        own, where = [rows[number] for number in group], [places[number] for number in group]
+        own = [{key: value for key, value in rows[number].items() if key != "adapter"} for number in group]
+        where = [places[number] for number in group]
         answers = predict(*models[name], own, places=where, batch_size=batch_size, logits=logits)
         made |= dict(zip(group, answers, strict=True))
     return [made[number] for number in range(len(rows))]

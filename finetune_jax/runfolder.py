@@ -21,7 +21,7 @@ from finetune_jax.data.packing import RowShape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
 from finetune_jax.job import CONFIG_FILE, MODEL_DIRECTORY, Job, save_model_folder
-from finetune_jax.storage import LOCK_FILE, Folder, write_json
+from finetune_jax.storage import Folder, write_json
 from finetune_jax.writers import say
 
 MANIFEST_FILE = "manifest.json"
@@ -73,7 +73,8 @@ def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] =
                 f"--allow-change {name.replace('_', '-')}: only these may change in a run: {shown}"
             )
     if not (run / CONFIG_FILE).is_file():
-        if run.exists() and any(path.name != LOCK_FILE for path in run.iterdir()):
+        # Hidden are the lock, and a draft of config.json where the disk was full or a kill came.
+        if run.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError(f"{run} is not empty and is no run folder; name a new folder as --workdir")
         return
     saved = load_saved(run / CONFIG_FILE)
@@ -132,7 +133,12 @@ def open_run_folder(config: Config, run: Folder, job: Job, source: Source, shape
             if (run / MANIFEST_FILE).is_file():
                 _go_on(config, run, job, source, shape)
             elif first:
-                _begin(config, run, job, source, shape)
+                try:
+                    _begin(config, run, job, source, shape)
+                except OSError as error:
+                    raise UserError(
+                        f"{error.filename or run} cannot be written: {error.strerror}; name another --workdir, or make room"
+                    ) from error
             yield
     except PermissionError as error:
         raise UserError(

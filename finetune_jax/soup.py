@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune_jax import __version__, metrics, signals, storage
+from finetune_jax.checkpoint import not_a_run
 from finetune_jax.config import MeshConfig, load_saved
 from finetune_jax.ensemble import members
 from finetune_jax.errors import UserError
@@ -15,8 +16,7 @@ from finetune_jax.evaluate import Opened, evaluate, records_of
 from finetune_jax.export import CARD_FILE, whole_folder
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import export_tensors
-from finetune_jax.job import CONFIG_FILE, Job, make_job, save_model_folder
-from finetune_jax.opening import is_run
+from finetune_jax.job import CONFIG_FILE, Job, is_run, make_job, save_model_folder
 from finetune_jax.peft import install
 from finetune_jax.state import place_weights
 from finetune_jax.tree import Flat
@@ -47,7 +47,7 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
         raise UserError(f"a soup needs at least 2 runs, not {len(runs)}; name more with --runs")
     for run in runs:
         if not is_run(storage.place(run)):
-            raise UserError(f"{run} is not a run folder; name the --workdir of finetune-jax train")
+            raise not_a_run(storage.place(run))
     config = load_saved(storage.place(runs[0]) / CONFIG_FILE)
     signals.phase("making a soup")
     found: list[tuple[Job, Flat]] = []

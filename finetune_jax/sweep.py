@@ -10,23 +10,25 @@ from typing import Any
 import jax
 
 from finetune_jax import metrics
-from finetune_jax.checkpoint import DIRECTORY, Checkpoints
+from finetune_jax.checkpoint import DIRECTORY, Checkpoints, one_line, runs_in
 from finetune_jax.config import Config, field_paths, from_dict, nearest, run_file, to_dict
 from finetune_jax.errors import UserError
-from finetune_jax.job import open_pretrained, open_source
+from finetune_jax.job import is_run, open_pretrained, open_source
 from finetune_jax.limits import validate
 from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
 from finetune_jax.storage import Folder, hold, in_bucket, make, place, remove, write_json
-from finetune_jax.train import Diverged, OnEvaluation, Pruned, Stopped, deciding_metric, train
+from finetune_jax.train import Diverged, OnEvaluation, Pruned, Refused, Stopped, deciding_metric, train
 from finetune_jax.writers import say
 
 STUDY_FILE, SUMMARY_FILE = "study.db", "sweep.json"
 _NAME = "sweep"
-_CAME_TO_NOTHING = "came to nothing"
-"""Attribute of a trial that an error ended."""
+_TRIES = "tries"
+"""Attribute of a trial: how often it was begun, without those that a signal ended."""
 _AS_JSON = ("model.hf-config",)
 """Fields that are one word on the command line although they hold several."""
+_REFUSED = 10
+"""Trials in a row whose refusal ends the sweep: some values may not go together, but of so many something else is wrong."""
 _FIRST_TRIALS = 5
 """Trials before the first that may be pruned: fewer say too little of what is usual."""
 
@@ -45,8 +47,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Train with values that a tree-structured Parzen estimator chooses (Bergstra et al. 2011), up to `trials` in all.
 
-    A trial ends early where an evaluation is worse than the median of the others' best at that step. Of the trials that are
-    done only the best one keeps its checkpoints.
+    A trial ends early where an evaluation is worse than the median of the others' best at that step. Once one was measured, a trial
+    whose values are refused has failed, as one that diverges or does not fit into memory; several in a row end the sweep. Of the
+    trials that are done only the best one keeps its checkpoints.
 
     Args:
         config: The recipe that the values change.
@@ -70,9 +73,13 @@ def sweep(
         raise UserError(f"a sweep runs in one process and keeps its study on a disk; {folder} does not do")
     if trials < 1:
         raise UserError(f"trials is {trials}, must be at least 1")
-    metric = deciding_metric(validate(config))
+    metric = deciding_metric(
+        from_dict(to_dict(config), "config")
+    )  # valid it may be with a trial's values only
     if "validation" not in open_source(config, open_pretrained(config.model)).splits:
         raise UserError("a sweep needs a validation split to choose by; set --data.validation-fraction")
+    if not (folder / STUDY_FILE).is_file() and (is_run(folder) or runs_in(folder)):
+        raise UserError(f"{folder} has runs in it and no sweep; name another --workdir")
     make(folder)
     with hold(folder):
         study = _open_study(optuna, config, metric, folder)
@@ -81,28 +88,47 @@ def sweep(
         begun = [
             optuna.trial.Trial(study, trial._trial_id) for trial in known if trial.state == states.RUNNING
         ]
+        refused = 0
         while begun or len(study.get_trials(deepcopy=False)) < trials:
             trial = begun.pop(0) if begun else study.ask()
+            run, tries = folder / f"trial-{trial.number}", trial.user_attrs.get(_TRIES, 0)
+            if tries > 1 and not Checkpoints(run).steps():  # killed, by the system where its memory ran out
+                say(f"trial {trial.number} was begun {tries} times and has saved nothing")
+                study.tell(trial, state=states.FAIL)
+                continue
             values = suggested(suggest, trial, space)
             say(f"trial {trial.number}, {trial.number + 1} of {trials}: {_words(values)}")
             try:
                 own = applied(config, values, space)
-            except UserError:
+            except UserError as error:
                 study.tell(trial, state=states.FAIL)
-                raise
-            run = folder / f"trial-{trial.number}"
+                refused += 1
+                if refused == _REFUSED or not _has_measured(study):
+                    raise
+                say(f"trial {trial.number}: {error}")
+                continue
+            trial.set_user_attr(_TRIES, tries + 1)
             try:
                 result = train(own, run, devices=devices, stop_at=stop_at, on_evaluation=_asked(study, trial))
             except Pruned:
                 study.tell(trial, state=states.PRUNED)
             except Stopped:
+                trial.set_user_attr(_TRIES, tries)
                 raise
+            except Refused as error:
+                refused += 1
+                if refused == _REFUSED or not _has_measured(study):
+                    _leave(study, trial, run, states)
+                    raise
+                say(f"trial {trial.number}: {error}")
+                study.tell(trial, state=states.FAIL)
+                continue
             except Diverged as error:
                 say(f"trial {trial.number}: {error}")
                 study.tell(trial, state=states.FAIL)
             except Exception as error:
                 if _is_out_of_memory(error):
-                    say(f"trial {trial.number} takes more memory than there is: {str(error).splitlines()[0]}")
+                    say(f"trial {trial.number} takes more memory than there is: {one_line(error)}")
                     study.tell(trial, state=states.FAIL)
                 else:
                     _leave(study, trial, run, states)
@@ -110,6 +136,7 @@ def sweep(
             else:
                 trial.set_user_attr("words", _words(values))
                 study.tell(trial, result["metrics"]["validation"][metric])
+            refused = 0
             _keep_the_best(study, folder, states)
         summary = _summary(study, metric, states)
         write_json(folder / SUMMARY_FILE, summary)
@@ -156,17 +183,24 @@ def _asked(study: Any, trial: Any) -> OnEvaluation:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    """Of a device or of this process: a disk that is full is told by the same word, in an error of ours."""
+    xla = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return xla or isinstance(error, MemoryError)
 
 
 def _leave(study: Any, trial: Any, run: Folder, states: Any) -> None:
     """After an error the same command tries a trial's values again: a disk may have been full, or the recipe wrong. What came to
     nothing twice has failed; it would stand before all other trials for ever.
     """
-    if _CAME_TO_NOTHING in trial.user_attrs and not Checkpoints(run).steps():
+    if trial.user_attrs[_TRIES] > 1 and not Checkpoints(run).steps():
         study.tell(trial, state=states.FAIL)
-    else:
-        trial.set_user_attr(_CAME_TO_NOTHING, True)
+
+
+def _has_measured(study: Any) -> bool:
+    """Whether a trial came as far as an evaluation: recipe, data and folder are then known to do."""
+    return any(
+        trial.value is not None or trial.intermediate_values for trial in study.get_trials(deepcopy=False)
+    )
 
 
 def _check_same_recipe(study: Any, config: Config, folder: Any) -> None:
@@ -176,10 +210,7 @@ def _check_same_recipe(study: Any, config: Config, folder: Any) -> None:
     """
     now = json.loads(json.dumps(flat_fields(to_dict(config))))  # as the study gives it back
     begun = study.user_attrs.get("recipe")
-    measured = any(
-        trial.value is not None or trial.intermediate_values for trial in study.get_trials(deepcopy=False)
-    )
-    if begun is None or not measured:  # nothing to compare with: a mistake in it may be mended
+    if begun is None or not _has_measured(study):  # nothing to compare with: a mistake in it may be mended
         return study.set_user_attr("recipe", now)
     changed = [
         path.replace("_", "-")
@@ -253,7 +284,7 @@ def applied(config: Config, values: Mapping[str, Any], space: str | os.PathLike[
         place: dict[str, Any] = fields
         for room in rooms:
             place = place[room]
-        place[name] = value
+        place[name] = {**place[name], **value} if path in _AS_JSON else value  # as on the command line
     return validate(from_dict(fields, str(space)))
 
 

@@ -41,10 +41,12 @@ from finetune_jax.job import (
     make_updates,
     open_pretrained,
     open_source,
+    overruled_pixels,
     pretrained_weights,
 )
 from finetune_jax.limits import validate
 from finetune_jax.meter import Meter, Trace
+from finetune_jax.optim import warmup_updates
 from finetune_jax.programs import Programs
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder
 from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
@@ -82,6 +84,10 @@ class Diverged(UserError):
     """Too many updates in a row were not finite."""
 
 
+class Refused(UserError):
+    """What is asked for cannot be done: nothing of the run has begun."""
+
+
 OnEvaluation = Callable[[int, float], bool]
 """(step, value of the deciding metric on validation) -> whether the run is to end."""
 
@@ -111,7 +117,8 @@ def train(
         What result.json holds.
 
     Raises:
-        UserError: Input that cannot be used, a run that cannot be saved, or one whose updates are not finite.
+        UserError: Input that cannot be used (`Refused`, where it is config, data and model), a run that cannot be saved, or one whose
+            updates are not finite (`Diverged`).
         Stopped: By SIGTERM, SIGINT or `stop_at`; `Pruned` by `on_evaluation`. All is saved.
     """
     config, run = validate(config), place(workdir)
@@ -122,7 +129,10 @@ def train(
     fields = flat_fields(to_dict(config)).items()
     runtime.check_agreement({name: value for name, value in fields if name not in OF_ONE_HOST}, "configs")
     check_same_config(config, run, allow_change)
-    setup = prepare(config, devices)
+    try:
+        setup = prepare(config, devices)
+    except UserError as error:
+        raise Refused(str(error)) from error
     runtime.check_agreement({"fingerprint": setup.source.fingerprint}, "data")
     with open_run_folder(config, run, setup.job, setup.source, setup.batches.shape):
         saver = CheckpointWriter(run, config.checkpoint.keep, config.checkpoint.keep_every_steps)
@@ -166,6 +176,11 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         raise UserError("data.train names no split; there is nothing to train on")
     job = with_class_weights(job_from_config(config, checkpoint, source, devices), config, source)
     metric = deciding_metric(config)
+    if config.train.early_stopping is not None and "validation" not in source.splits:
+        raise UserError(
+            f"train.early-stopping {config.train.early_stopping} needs a validation split, and there is none; set --data.validation-fraction,"
+            " or leave it out"
+        )
     examples: dict[str, Any] = {
         split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
         for split, records in source.splits.items()
@@ -386,6 +401,7 @@ def finish(
     result = {
         "best_step": best,
         "steps": step,
+        "total_steps": setup.total_steps,
         "metrics": {split: evaluation.metrics for split, evaluation in evaluations.items()},
         "only_class": {split: evaluation.only_class for split, evaluation in evaluations.items()},
         **meter.summary(),
@@ -585,11 +601,39 @@ def announce(setup: Setup, note: str) -> None:
     if skipped:
         shown = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         say(f"{len(skipped)} records of the data cannot be used and were left out: {shown}")
+    for line in without_effect(setup):
+        say(line)
     for split, features in setup.examples.items():
         cut = int(getattr(features, "cut", 0))
         if cut:
             how = "split into windows" if job.task.of_pieces else "truncated"
             say(f"{split}: {cut} of {len(features)} examples are over data.max-length and were {how}")
+
+
+def without_effect(setup: Setup) -> list[str]:
+    """What the recipe asks for and this run does not come to."""
+    config, job, total = setup.config, setup.job, setup.total_steps
+    optim, lines = config.optim, []
+    if (warmup := warmup_updates(optim, total)) and warmup >= total:
+        peak, reached = optim.learning_rate, optim.learning_rate * (total - 1) / warmup
+        lines.append(
+            f"the warm-up takes {warmup} updates, more than there are: the rate ends at {reached:.2g} of {peak:g}"
+        )
+    if late := [path for path, pace in setup.updates.paces.items() if pace.start >= total]:
+        lines.append(
+            f"optim.unfreeze-every {optim.unfreeze_every} leaves {len(late)} tensors, such as {late[0]}, as they are: {total} updates"
+            " end before theirs begin"
+        )
+    if job.family == "resnet":
+        processor: Any = job.task.processor  # pyright: ignore[reportAttributeAccessIssue]
+        names = overruled_pixels(config.data.image, processor, job.model_config.num_channels)
+        if names:
+            told = " and ".join(f"data.image.{name}" for name in names)
+            lines.append(
+                f"{told} of the config are not used: the checkpoint brings its own preprocessor_config.json, for {processor.size} x"
+                f" {processor.size} pixels (data.image.override-size changes the size)"
+            )
+    return lines
 
 
 def placement_summary(job: Job, state: TrainState) -> list[str]:

@@ -134,11 +134,14 @@ def failing(monkeypatch, error, begins=False):
 
 @pytest.mark.parametrize(("begins", "second"), [(False, "FAIL"), (True, "RUNNING")])
 def test_a_trial_that_an_error_ends_is_tried_again(begins, second, tmp_path, monkeypatch):
-    """A second time in vain and it has failed, unless something is saved that the same command goes on with."""
+    """A second time in vain and it has failed, unless something is saved that the same command goes on with.
+
+    TensorStore says RESOURCE_EXHAUSTED of a full disk too.
+    """
     config, devices = config_of("text", tmp_path, steps=3), jax.devices()[ONE]
-    failing(monkeypatch, UserError("the disk is full"), begins)
+    failing(monkeypatch, UserError("not saved: RESOURCE_EXHAUSTED: No space left on device"), begins)
     for expected in ("RUNNING", second):
-        with pytest.raises(UserError, match="the disk is full"):
+        with pytest.raises(UserError, match="No space left"):
             sweep(config, space(tmp_path), tmp_path / "w", 2, devices=devices)
         assert states(tmp_path / "w") == [expected]
     monkeypatch.undo()
@@ -146,8 +149,36 @@ def test_a_trial_that_an_error_ends_is_tried_again(begins, second, tmp_path, mon
     assert [row["state"] for row in found["trials"]] == ["complete" if begins else "fail", "complete"]
 
 
+def test_a_trial_that_is_killed_twice_has_failed(tmp_path, monkeypatch):
+    """By the system, where memory ran out: nobody is left to say so."""
+
+    def kill(*args, **options):
+        raise SystemExit(137)  # is no Exception: nothing of the sweep hears of it
+
+    config, devices = config_of("text", tmp_path, steps=2), jax.devices()[ONE]
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "train", kill)
+            with pytest.raises(SystemExit):
+                sweep(config, space(tmp_path), tmp_path / "w", 2, devices=devices)
+        assert states(tmp_path / "w") == ["RUNNING"]
+    found = sweep(config, tmp_path / "space.py", tmp_path / "w", 2, devices=devices)
+    assert [row["state"] for row in found["trials"]] == ["fail", "complete"]
+
+
+def test_a_recipe_may_be_valid_with_a_trials_values_only(tmp_path):
+    config = config_of("text", tmp_path, steps=1)
+    config = replace(config, task=replace(config.task, asymmetric=(0.0, 4.0)))
+    body = 'return {"task.label-smoothing": 0.1}'
+    found = sweep(config, space(tmp_path, body), tmp_path / "w", 1, devices=jax.devices()[ONE])
+    assert [row["state"] for row in found["trials"]] == ["complete"]
+
+
 def test_what_does_not_fit_into_memory_fails_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore.")
+    failing(monkeypatch, MemoryError())
+    sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "python", 1)
+    assert "trial 0 takes more memory than there is: MemoryError\n" in capsys.readouterr().err
     failing(monkeypatch, error)
     found = sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "w", 2)
     assert [row["state"] for row in found["trials"]] == ["fail", "fail"]
@@ -185,6 +216,33 @@ def test_a_mistake_in_the_recipe_may_be_mended(tmp_path):
         sweep(other, tmp_path / "space.py", tmp_path / "w", 1, devices=devices)
     found = sweep(config, tmp_path / "space.py", tmp_path / "w", 1, devices=devices)
     assert [row["state"] for row in found["trials"]] == ["complete"]
+
+
+@pytest.mark.parametrize(
+    "wrong", ['{"peft.method": "lora", "peft.rank": 4000}', '{"methods.swa": 0.5, "methods.ema": 0.5}']
+)
+def test_values_that_are_refused_fail_and_the_next_trial_runs(wrong, tmp_path, monkeypatch, capsys):
+    """Not before one was measured, and not any number in a row: then something else is wrong."""
+    monkeypatch.setattr(module, "_REFUSED", 3)
+    config, devices = config_of("text", tmp_path, steps=2), jax.devices()[ONE]
+    body = f'return {wrong} if trial.number in (1, 3, 4, 5) else {{"optim.learning-rate": 0.01}}'
+    found = sweep(config, space(tmp_path, body), tmp_path / "w", 3, devices=devices)
+    assert [row["state"] for row in found["trials"]] == ["complete", "fail", "complete"]
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("trial 1: "))
+    assert ("peft.rank 4000" in said) or ("both say which weights" in said), said
+    with pytest.raises(UserError):
+        sweep(config, tmp_path / "space.py", tmp_path / "w", 7, devices=devices)
+    assert len(states(tmp_path / "w")) == 6
+    assert states(tmp_path / "w")[3:5] == ["FAIL", "FAIL"]
+
+
+def test_a_folder_of_runs_is_no_place_for_a_sweep(tmp_path):
+    config, devices = config_of("text", tmp_path, steps=1), jax.devices()[ONE]
+    loop.train(config, tmp_path / "w/seed-0", devices=devices)
+    for folder in (tmp_path / "w", tmp_path / "w/seed-0"):
+        with pytest.raises(UserError, match="has runs in it and no sweep; name another --workdir"):
+            sweep(config, space(tmp_path), folder, 1, devices=devices)
+        assert not (folder / "study.db").exists()
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path):

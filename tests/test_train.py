@@ -1,7 +1,9 @@
 """The loop: exact resume, the same numbers on any mesh, one trace, a result that is complete."""
 
 import dataclasses
+import errno
 import json
+import os
 from collections import Counter
 
 import jax
@@ -12,6 +14,7 @@ from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig
 from finetune_jax.errors import UserError
+from finetune_jax.export import export
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
 from tests import tiny
@@ -34,7 +37,8 @@ def test_stopped_and_resumed_is_bit_identical(kind, tmp_path, one_device, monkey
     """
     seen = tiny.batches_used(monkeypatch)
     config = config_of(kind, tmp_path, steps=20)
-    config = replace(config, data=replace(config.data, batching="buckets"))
+    if kind == "token":
+        config = replace(config, data=replace(config.data, batching="buckets"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train(config, whole, devices=one_device)
     seen_whole = seen.copy()
@@ -170,6 +174,46 @@ def test_early_stopping_counts_evaluations_without_a_better_value(tmp_path, one_
     assert result["best_step"] == 2
 
 
+def test_early_stopping_needs_what_it_asks(tmp_path, one_device):
+    config = config_of("text", tmp_path, steps=2, early_stopping=2)
+    config = replace(config, data=replace(config.data, validation=None))
+    with pytest.raises(UserError, match=r"train.early-stopping 2 needs a validation split"):
+        loop.train(config, tmp_path / "run", devices=one_device)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("text", {"warmup_steps": 8}, "the warm-up takes 8 updates, more than there are: the rate ends at 0.0025 of 0.01"),
+        ("text", {"unfreeze_every": 1}, "optim.unfreeze-every 1 leaves 5 tensors, such as bert/embeddings/"),
+        ("text", {"warmup_steps": 2, "unfreeze_every": None}, None),
+        ("image", {}, "data.image.size and data.image.mean of the config are not used: the checkpoint brings its own"),
+        ("image", {"is_same": True}, None),
+    ],
+)  # fmt: skip
+def test_what_comes_to_nothing_is_said(kind, change, said, tmp_path, one_device, capsys):
+    config = config_of(kind, tmp_path, steps=3)
+    if kind == "image":
+        loop.train(config, tmp_path / "base", devices=one_device)
+        export(tmp_path / "base", tmp_path / "hf")
+        model = replace(config.model, pretrained=str(tmp_path / "hf"), hf_config={})
+        config = replace(config, model=model)
+        if not change:
+            image = replace(config.data.image, size=24, mean=(0.1,))
+            config = replace(config, data=replace(config.data, image=image))
+    else:
+        optim = replace(config.optim, learning_rate=0.01, warmup_ratio=0.0, **change)
+        config = replace(config, optim=optim)
+    capsys.readouterr()
+    loop.train(config, tmp_path / "run", devices=one_device)
+    told = capsys.readouterr().err
+    if said is not None:
+        assert said in told
+    else:
+        assert not any(words in told for words in ("more than there are", "as they are", "not used"))
+
+
 def test_frozen_parameters_do_not_move_and_cost_no_optimizer_state(tmp_path, one_device):
     config = config_of("text", tmp_path, steps=5)
     config = replace(config, model=replace(config.model, freeze=("embeddings/", "encoder/layer/0/")))
@@ -238,6 +282,22 @@ def test_changed_data_is_refused(tmp_path, one_device):
     tiny.write_texts(tmp_path / "texts", train=61)
     with pytest.raises(UserError, match="begun on other data"):
         loop.train(config, tmp_path / "run", devices=one_device)
+
+
+def test_a_disk_that_is_full_as_a_run_begins(tmp_path, one_device, monkeypatch):
+    """One line; and when there is room the same command begins."""
+    real = os.fsync
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    config = config_of("text", tmp_path, steps=1)
+    with pytest.raises(UserError, match="run cannot be written: No space left on device; name another"):
+        loop.train(config, tmp_path / "run", devices=one_device)
+    assert (tmp_path / "run/.config.json.draft").is_file()
+    monkeypatch.setattr(os, "fsync", real)
+    assert loop.train(config, tmp_path / "run", devices=one_device)["steps"] == 1
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, one_device):

@@ -151,6 +151,15 @@ def load_params(
     return Loaded(params, tuple(sorted(new)), tuple(sorted(unused)))
 
 
+def untaught(checkpoint: Checkpoint, abstract: Mapping[str, Any]) -> tuple[str, ...]:
+    """Paths of a pooler that a checkpoint lacks, as one of a masked language model does; no tensor is read for it."""
+    family = FAMILIES[checkpoint.family]
+    with Tensors(checkpoint.folder) as tensors:
+        places, _, _ = _place(family, tensors, abstract, replace_head=False)
+    new = _new_paths(family, set(abstract) - set(places), abstract)
+    return tuple(sorted(path for path in new if re.fullmatch(family.optional, path)))
+
+
 Places = dict[str, tuple[str, Transform]]
 
 

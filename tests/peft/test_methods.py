@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from finetune_jax import train as loop
+from finetune_jax.checkpoint import named_leaves
 from finetune_jax.config import MeshConfig, OptimConfig, PeftConfig
 from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
@@ -632,6 +633,58 @@ def test_we_open_what_peft_writes_of_images(config, base, tmp_path):
     rows = inputs("image", tmp_path)
     theirs = their_logits(model, base("image"), "image", rows)
     np.testing.assert_allclose(logits_of(tmp_path / "adapter", rows), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"peft": PeftConfig(method="lora")}, {"model": {"train": "head"}}])
+def test_what_is_random_is_not_frozen(change, base, tmp_path):
+    """A checkpoint of a masked LM has no pooler: a new one is trained, whatever else is."""
+    shutil.copytree(base("text"), tmp_path / "bare")
+    file = tmp_path / "bare/model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "pooler" not in name}, file)
+    config = on(config_of("text", tmp_path, steps=1), tmp_path / "bare")
+    model = replace(config.model, **change.get("model", {}))
+    config = replace(config, model=model, peft=change.get("peft", config.peft))
+    loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+    _, after = saved(tmp_path / "run")
+    bare = load_file(tmp_path / "bare/model.safetensors")
+    moments = [path for path in named_leaves(after["training"]) if "/mu/" in path]
+    assert any("pooler" in path for path in moments)
+    assert not any("/self/query/kernel" in path for path in moments)
+    assert export(tmp_path / "run", tmp_path / "hf", verify=True) <= 1e-5
+    assert not any("pooler" in name for name in bare)
+    frozen = replace(config, model=replace(config.model, freeze=("pooler",)))
+    with pytest.raises(UserError, match=r"bare has no bert/pooler/dense/bias"):
+        loop.train(frozen, tmp_path / "other", devices=jax.devices()[ONE])
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_adapter_alone_is_not_frozen(base, tmp_path):
+    config = on(of_method(config_of("text", tmp_path, steps=1), "lora"), base("text"))
+    config = replace(config, model=replace(config.model, freeze=("lora_",)))
+    with pytest.raises(UserError, match=r"leaves nothing to train of what peft.method lora adds"):
+        loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+
+
+def test_an_adapter_names_its_folder_from_anywhere(base, tmp_path, monkeypatch):
+    shutil.copytree(base("text"), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    config = on(of_method(config_of("text", tmp_path, steps=1), "lora"), "base")
+    loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
+    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    fields = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(tmp_path / "base")
+    assert "library_name: peft\n" in (tmp_path / "adapter/README.md").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2)
+    assert found.peft_config["default"].r == METHODS["lora"].rank
+    assert open_model(str(tmp_path / "adapter"))[0].peft.method == "lora"
+
+
+def test_a_line_that_names_an_adapter_where_there_is_none(base, tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "adapter": "x"}]
+    with pytest.raises(UserError, match="input 2: a line names an adapter, and none are there"):
+        predict(*open_model(str(base("text"))), rows)
 
 
 def test_an_adapter_that_names_no_task(base, tmp_path):
