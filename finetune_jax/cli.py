@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -18,6 +18,7 @@ from finetune_jax.config import Config, Distributed, field_paths, load_recipe, l
 from finetune_jax.errors import UserError
 from finetune_jax.storage import Folder, place
 
+_RULE = set(" -─╭╮╰╯")
 Overrides = Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -66,6 +67,9 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Exact metrics of a run or a Hugging Face folder: a report to stderr, JSON to stdout (or --output)."""
+
+    READS: ClassVar[tuple[str, ...]] = ("data.", "mesh.", "evaluation.batch-size", "task.name")
+    """Fields of the config, or beginnings of theirs."""
 
     model: tuple[str, ...]
     """A run folder, or a Hugging Face folder; of several, the averaged probabilities are scored."""
@@ -140,6 +144,8 @@ class Predict:
         from finetune_jax.predict import predict_by_adapter, predict_file, predict_together
 
         output, models = writable(self.output), one_or_more(self.model)
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size is {self.batch_size}, must be at least 1")
         options = {"batch_size": self.batch_size, "logits": self.logits}
         if self.adapters and len(models) > 1:
             raise UserError(f"--adapters are on one model, --model names {len(models)}; name one")
@@ -393,7 +399,22 @@ def parse(argv: list[str]) -> Command:
     else:
         defaults = {}
     check_names(words, own)
-    return tyro_cli(command, words, f"finetune-jax {name}", defaults)
+    if name == "evaluate":
+        check_read(words)
+    made = tyro_cli(command, words, f"finetune-jax {name}", defaults)
+    return _merged(made, recipe.model.hf_config) if defaults else made
+
+
+def _merged(command: Command, fields: dict[str, Any]) -> Command:
+    """Fields of --model.hf-config stand beside the recipe's: who changes one means the rest to stay."""
+    config: Config = command.overrides  # pyright: ignore[reportAttributeAccessIssue]
+    given = config.model.hf_config
+    if not isinstance(given, dict):
+        raise UserError(
+            f'--model.hf-config {json.dumps(given)} is no JSON object such as {{"hidden_dropout_prob": 0.2}}'
+        )
+    model = dataclasses.replace(config.model, hf_config={**fields, **given})
+    return dataclasses.replace(command, overrides=dataclasses.replace(config, model=model))  # pyright: ignore[reportCallIssue]
 
 
 def _recipe(words: list[str]) -> Config:
@@ -474,6 +495,20 @@ def check_names(words: list[str], known: list[str]) -> None:
             raise UserError(f"unknown option {word}{nearest(option, known).replace('mean ', 'mean --')}")
 
 
+def check_read(words: list[str]) -> None:
+    """
+    Raises:
+        UserError: An option of a config that `evaluate` does not read.
+    """
+    for word in words:
+        option = word[2:].split("=", 1)[0].replace("_", "-")
+        if word.startswith("--") and option in field_paths() and not option.startswith(Evaluate.READS):
+            raise UserError(
+                f"evaluate does not read {word}: a model is measured as it was made; leave it out"
+                f" (it reads {', '.join(Evaluate.READS)})"
+            )
+
+
 def tyro_cli(command, words: list[str], program: str, defaults: dict[str, Config]):
     """tyro's parsing, its boxed error message as one line.
 
@@ -500,11 +535,18 @@ def tyro_cli(command, words: list[str], program: str, defaults: dict[str, Config
 
 
 def one_line(box: str) -> str:
-    """The message of tyro's error box: what stands above its first rule."""
+    """The message of tyro's error box: what stands between its title and the next rule, in our words where they are clearer."""
     rows = [row.strip().strip("│").strip() for row in re.sub(r"\x1b\[[0-9;]*m", "", box).split("\n")[1:]]
-    kept = []
+    kept: list[str] = []
     for row in rows:
-        if not row or row.startswith(("─", "╰")):
-            break
+        if set(row) <= _RULE:
+            if kept:
+                break
+            continue  # where the terminal draws no boxes, a rule stands below the title
         kept.append(row)
-    return " ".join(kept)
+    said = " ".join(kept).replace(
+        "Failed to parse key-value pairs!", "it takes pairs, a name and its value each; a word is missing"
+    )
+    if re.fullmatch("Unrecognized options: (true|false)", said, re.IGNORECASE):
+        said += "; a switch takes no value: it is on as --peft.dora, off as --peft.no-dora"
+    return said

@@ -59,7 +59,7 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     hf_config: Json = field(default_factory=dict)
-    """Fields of the HF config.json: the architecture where there is no checkpoint, else overrides (dropout, for one)."""
+    """Fields of the HF config.json: the architecture where there is no checkpoint, else overrides (dropout, for one). Those of the command line are added to the recipe's."""
     tokenizer: str | None = None
     """Folder or vocab.txt of the tokenizer; None takes the checkpoint's."""
     replace_head: bool = False
@@ -67,7 +67,7 @@ class ModelConfig:
     reinit_layers: int = 0
     """Start so many of the last layers (BERT, and the pooler) or blocks (ResNet) from random weights although the checkpoint has them."""
     train: Literal["all", "bias", "norm", "head"] = "all"
-    """Which parameters of the model get a gradient, besides the head: all (with a peft.method: none); biases only (BitFit); scales and biases of LayerNorm or BatchNorm only; none (a linear probe)."""
+    """Which parameters of the model get a gradient, besides the head (and a pooler that the checkpoint lacks): all (with a peft.method: none); biases only (BitFit); scales and biases of LayerNorm or BatchNorm only; none (a linear probe)."""
     freeze: tuple[str, ...] = ()
     """Regexes found in parameter paths: those parameters get no gradient and no optimizer state."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -477,8 +477,25 @@ def field_paths(cls: type = Config, prefix: str = "") -> list[str]:
     return paths
 
 
+OTHER_NAMES = {
+    "lr": "optim.learning-rate",
+    "r": "peft.rank",
+    "lora-r": "peft.rank",
+    "lora-alpha": "peft.alpha",
+    "target-modules": "peft.targets",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "gradient-accumulation-steps": "train.accumulation",
+    "gradient-checkpointing": "model.remat",
+}
+"""What other tools call our fields, where no spelling leads from one to the other."""
+
+
 def nearest(value: str, known: list[str]) -> str:
     """`; did you mean ...?` for the known value closest to `value`, or nothing where none is close."""
+    other = OTHER_NAMES.get(value.rpartition(".")[2].replace("_", "-"))
+    if other in known:
+        return f"; did you mean {other}?"
     close = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 

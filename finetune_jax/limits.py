@@ -1,5 +1,6 @@
 """What a config may say: the limits of numbers, and which fields go together. Whoever starts something from one asks `validate`."""
 
+from dataclasses import fields
 from functools import reduce
 from typing import Any
 
@@ -60,6 +61,7 @@ RANGES = {
     "data.stall-seconds": (0.001, 1e6),
     "task.label-smoothing": (0.0, 0.999),
     "optim.warmup-ratio": (0.0, 1.0),
+    "optim.weight-decay": (0.0, 1e3),
     "optim.layer-decay": (0.001, 1.0),
     "optim.rates": (1e-6, 1e6),
     "peft.dropout": (0.0, 0.999),
@@ -106,6 +108,16 @@ ABOVE_ZERO = (
 )
 """Numbers, or None where a field may be it."""
 
+OF_FAMILY = {
+    "model.tokenizer": "bert",
+    "model.attention": "bert",
+    "data.max-length": "bert",
+    "data.batching": "bert",
+    "model.batch-norm": "resnet",
+    "model.batch-norm-groups": "resnet",
+}
+"""Fields that the other family does not read."""
+
 
 def validate(config: Config) -> Config:
     """Types (dataclasses do not check their own) and limits; returns the config.
@@ -116,6 +128,7 @@ def validate(config: Config) -> Config:
     config = from_dict(to_dict(config), "config")
     _check_numbers(config)
     _check_family(config)
+    _check_places(config)
     _check_augmentation(config)
     _check_loss(config.task)
     _check_methods(config)
@@ -132,9 +145,13 @@ def validate(config: Config) -> Config:
     return config
 
 
+def _field(config: Config, path: str) -> Any:
+    return reduce(getattr, path.replace("-", "_").split("."), config)
+
+
 def _values(config: Config, path: str) -> list[tuple[str, Any]]:
     """(name in an error, value) of a field; several where it is a table or a tuple."""
-    value: Any = reduce(getattr, path.replace("-", "_").split("."), config)
+    value = _field(config, path)
     if isinstance(value, dict):
         return [(f"{path} {key}", entry) for key, entry in value.items()]
     return [(path, entry) for entry in (value if isinstance(value, tuple) else (value,))]
@@ -172,12 +189,43 @@ def _check_family(config: Config) -> None:
         raise UserError(f"task {config.task.name} does not go with model family {config.model.family}")
     if config.model.family != "bert" and config.model.scan_layers:
         raise UserError("model.scan-layers is for family bert: the blocks of a resnet differ in shape")
-    if config.model.family != "resnet" and config.model.batch_norm_groups != 1:
-        raise UserError(f"model.batch-norm-groups is for family resnet, not {config.model.family}")
-    if config.model.family != "resnet" and config.data.workers:
+    model, default = config.model, Config()
+    for path, family in OF_FAMILY.items():
+        value = _field(config, path)
+        if family != model.family and value != _field(default, path):
+            raise UserError(f"{path} {value} is for family {family}, not {model.family}; leave it out")
+    if model.batch_norm == "frozen" and model.batch_norm_groups != 1:
+        raise UserError(
+            f"model.batch-norm-groups {model.batch_norm_groups} is for statistics of batches, model.batch-norm is frozen; leave one out"
+        )
+    if model.family != "resnet" and config.data.workers:
         raise UserError(
             f"data.workers {config.data.workers} is for images, texts are made by data.threads; leave it out"
         )
+
+
+def _check_places(config: Config) -> None:
+    """
+    Raises:
+        UserError: Fields of a checkpoint or of a place of data that is not named.
+    """
+    model, data = config.model, config.data
+    for name, is_set in (
+        (f"reinit-layers {model.reinit_layers}", model.reinit_layers),
+        (f"revision {model.revision}", model.revision is not None),
+    ):
+        if is_set and model.pretrained is None:
+            raise UserError(
+                f"model.{name} is of a checkpoint, and model.pretrained names none; set it, or leave both out"
+            )
+    for name, value, sources in (
+        ("name", data.name or None, ("tfds", "support_desk")),
+        ("path", data.path, ("tfds", "files")),
+    ):
+        if value is not None and data.source not in sources:
+            raise UserError(
+                f"data.{name} {value} is for data.source {' and '.join(sources)}, data.source is {data.source}; leave one of them out"
+            )
 
 
 def _check_augmentation(config: Config) -> None:
@@ -190,8 +238,7 @@ def _check_augmentation(config: Config) -> None:
         raise UserError(
             f"data.text is for words, task {task} has none; leave its fields out, or see data.image"
         )
-    varying = ("augment", "policy", "operations", "magnitude", "brightness", "contrast", "saturation", "hue")
-    given = [n for n in (*varying, "erasing", "erasing_fill") if getattr(image, n) != getattr(ImageConfig, n)]
+    given = [f.name for f in fields(image) if getattr(image, f.name) != getattr(ImageConfig, f.name)]
     if config.model.family != "resnet" and given:
         raise UserError(
             f"data.image.{given[0].replace('_', '-')} is for pixels, task {task} has none; leave it out, or see data.text"

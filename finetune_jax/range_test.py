@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,6 +24,10 @@ from finetune_jax.writers import say
 JSON_FILE, PICTURE_FILE = "range.json", "range.png"
 SMOOTHING = 0.9
 """Decay of the loss's moving average."""
+Verdict = Literal["clear", "flat", "falling"]
+"""clear: the smoothed loss falls and rises again; flat: it falls by no more than noise; falling: it is lowest at the end."""
+CLEAR = 1.0
+"""By how many standard deviations of a step's loss the average must fall."""
 DIVERGED = 4.0
 """Times the lowest smoothed loss, at which the test ends."""
 
@@ -50,8 +54,8 @@ def range_test(
         devices: Train on these; None takes all.
 
     Returns:
-        What range.json holds: rates, losses and smoothed losses by step, `lowest` (the rate where the smoothed loss is least) and
-        `steepest` (where it falls fastest by the logarithm of the rate, before that).
+        What range.json holds: rates, losses and smoothed losses by step, `lowest` (the rate where the smoothed loss is least),
+        `steepest` (where it falls fastest by the logarithm of the rate, before that), and `verdict`, whether these say anything.
 
     Raises:
         UserError: The limits make no range, or the picture cannot be drawn.
@@ -122,12 +126,20 @@ def summary(rates: list[float], losses: list[float]) -> dict[str, Any]:
     least = int(np.argmin(smooth))
     slopes = np.gradient(np.asarray(smooth), np.log(kept_rates))
     steepest = int(np.argmin(slopes[: max(least, 1)]))
+    # The first smoothed losses are of few losses: from them the average falls and rises where nothing is learned.
+    early = max(3, len(kept) // 10)
+    noise = np.median(np.abs(np.diff(kept))) / (0.6745 * math.sqrt(2))  # what this is of a normal deviate
+    if least < early or np.mean(kept[:early]) - smooth[least] <= CLEAR * noise:
+        verdict: Verdict = "flat"
+    else:
+        verdict = "falling" if least == len(smooth) - 1 else "clear"
     return {
         "rates": kept_rates,
         "losses": kept,
         "smoothed": smooth,
         "lowest": kept_rates[least],
         "steepest": kept_rates[steepest],
+        "verdict": verdict,
     }
 
 
@@ -165,7 +177,13 @@ def _draw(pyplot: Any, found: dict[str, Any], file: Any) -> None:
 
 def told(found: dict[str, Any]) -> str:
     """To print."""
-    return (
-        f"the loss falls fastest at learning rate {found['steepest']:.3g} and is lowest at {found['lowest']:.3g}: begin with"
-        " the former, or a tenth of the latter"
-    )
+    first, last = found["rates"][0], found["rates"][-1]
+    if found["verdict"] == "flat":
+        return (
+            f"the loss falls by no more than its noise from learning rate {first:.3g} to {last:.3g}, which says nothing of a rate:"
+            " raise --highest or --steps, or lower --lowest where it rises from the beginning"
+        )
+    read = f"the loss falls fastest at learning rate {found['steepest']:.3g} and is lowest at {found['lowest']:.3g}"
+    if found["verdict"] == "falling":
+        return f"{read}, the last one tried: raise --highest to see where it rises"
+    return f"{read}: begin with the former, or a tenth of the latter"

@@ -232,6 +232,60 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
         (["predict", "--model", "{run}", "--input", "/nowhere"], "input /nowhere does not exist"),
         (["evaluate", "--model", "{run}", "--splt", "test"], "unknown option --splt; did you mean --split?"),
         (["export", "--run", "{run}", "--output", "{run}"], "exists already"),
+        *[
+            ([*words, "{run}/.."], "holds 1 runs and is none itself; name one, such as ")
+            for words in (
+                ["export", "--output", "o", "--run"],
+                ["predict", "--model"],
+                ["evaluate", "--model"],
+                ["checkpoint", "list"],
+                ["soup", "--output", "o", "--runs", "{run}"],
+            )
+        ],
+        (
+            ["train", "--workdir", "x", "--model.pretrained", "{run}"],
+            "is a run folder; finetune-jax export makes a Hugging Face folder of it",
+        ),
+        (["predict", "--model", "{run}", "--batch-size", "0"], "--batch-size is 0, must be at least 1"),
+        (
+            ["evaluate", "--model", "{run}", "--model.dtype", "bfloat16"],
+            "evaluate does not read --model.dtype: a model is measured as it was made; leave it out",
+        ),
+        (["evaluate", "--model", "{run}", "--seed=1"], "evaluate does not read --seed=1"),
+        (
+            ["train", "--workdir", "x", "--model.hf-config", "[1]"],
+            '--model.hf-config [1] is no JSON object such as {"hidden_dropout_prob": 0.2}',
+        ),
+        (["train", "--workdir", "x", "--optim.lr", "1"], "did you mean --optim.learning-rate?"),
+        (["train", "--workdir", "x", "--optim.rates", "a"], "it takes pairs, a name and its value each"),
+        (
+            ["train", "--workdir", "x", "--train.tensorboard", "False"],
+            "a switch takes no value: it is on as --peft.dora, off as --peft.no-dora",
+        ),
+        (
+            [
+                "train",
+                "--workdir",
+                "x",
+                "--model.family",
+                "resnet",
+                "--task.name",
+                "image_classification",
+                "--data.batching",
+                "buckets",
+            ],
+            "data.batching buckets is for family bert",
+        ),
+        (["train", "--workdir", "x", "--data.image.size", "8"], "data.image.size is for pixels"),
+        (
+            ["train", "--workdir", "x", "--optim.weight-decay", "-1"],
+            "optim.weight-decay is -1.0, must be from 0 to 1000",
+        ),
+        (["train", "--workdir", "x", "--model.revision", "v1"], "model.revision v1 is of a checkpoint"),
+        (
+            ["train", "--workdir", "x", "--data.name", "glue/sst2"],
+            "data.name glue/sst2 is for data.source tfds and support_desk",
+        ),
         (
             ["predict", "--model", "{run}", "--output", "/nowhere/out.jsonl"],
             "output /nowhere/out.jsonl cannot be written",
@@ -262,6 +316,39 @@ def test_a_recipe_that_fails_is_named(tmp_path):
     )
     with pytest.raises(UserError, match=r"train.batch-size.*'many'"):
         load_recipe(str(file))
+
+
+def test_fields_of_the_hf_config_are_added_to_the_recipes(tmp_path):
+    """Who changes one of them means the others to stay."""
+    file = tmp_path / "recipe.py"
+    file.write_text(
+        "from finetune_jax.config import *\ndef get_config():\n"
+        "    return Config(model=ModelConfig(hf_config={'hidden_size': 32, 'hidden_dropout_prob': 0.1}))\n"
+    )
+    words = [
+        "train",
+        "--workdir",
+        "x",
+        "--config",
+        str(file),
+        "--model.hf-config",
+        '{"hidden_dropout_prob": 0}',
+    ]
+    found = cli.parse(words).overrides
+    assert found.model.hf_config == {"hidden_size": 32, "hidden_dropout_prob": 0}
+
+
+@pytest.mark.parametrize("rule", ["─", "-"])
+def test_the_line_of_a_box_that_a_terminal_cannot_draw(rule):
+    edge, side = ("╭", "│") if rule == "─" else (" ", " ")
+    box = [f"{edge}{rule} Title {rule * 9}", *([] if rule == "─" else [rule * 18])]
+    box += [
+        f"{side} invalid choice {side}",
+        f"{side} 'x' {side}",
+        f"{side} {rule * 12} {side}",
+        f"{side} For help {side}",
+    ]
+    assert cli.one_line("\n".join(box)) == "invalid choice 'x'"
 
 
 def test_every_recipe_of_the_project_is_valid():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from finetune_jax import cli
-from finetune_jax.range_test import range_test, smoothed, summary
+from finetune_jax.range_test import range_test, smoothed, summary, told
 from tests.tiny import config_of
 
 replace = dataclasses.replace
@@ -32,6 +32,24 @@ def test_what_is_read_off():
     assert -3.2 < math.log10(found["steepest"]) < -2.3, "smoothing delays it a little"
     assert -1.2 < math.log10(found["lowest"]) < -0.5
     assert len(summary([*rates, 1.0], [*losses, math.nan])["losses"]) == 121
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict", "said"),
+    [
+        ("noise", "flat", "by no more than its noise from learning rate 1e-06 to 1"),
+        ("rising", "flat", "says nothing of a rate"),
+        ("falling", "falling", "the last one tried: raise --highest"),
+        ("both", "clear", "begin with the former"),
+    ],
+)
+def test_no_advice_where_the_losses_give_none(losses, verdict, said):
+    rates, x = np.logspace(-6, 0, 60), np.linspace(0, 1, 60)
+    noise = np.random.default_rng(0).normal(0, 0.05, 60)
+    shapes = {"noise": 0 * x, "rising": x, "falling": -x, "both": 4 * (x - 0.6) ** 2}
+    found = summary(rates.tolist(), (2 + shapes[losses] + noise).tolist())
+    assert found["verdict"] == verdict
+    assert said in told(found)
 
 
 def test_a_run_of_it(tmp_path, capsys):
