@@ -193,10 +193,19 @@ class Checkpoints:
         return not storage.in_bucket(folder) or (folder / seal.FILE).exists()
 
     def _verified(self, step: int, layout: Mapping[str, Any]) -> tuple[Any, list[str]]:
-        """Items of a step as `_read` gives them, and what is wrong with them: files before, leaves after they are read."""
+        """Items of a step as `_read` gives them, and what is wrong with them: files before, leaves after they are read.
+
+        Raises:
+            UserError: Nothing is, but another version wrote it.
+        """
         faults = self.faults(step)
         if faults:
             return None, faults
+        if "training" in layout and (others := named_leaves(layout).keys() ^ self.leaves(step).keys()):
+            raise UserError(
+                f"{self.folder / str(step)} is sound, and its state has other parts than this version of finetune_jax keeps, such as"
+                f" {min(others)}; go on with the version that the run's manifest.json names, or name a new --workdir"
+            )
         try:
             items = self._read(step, layout)
         except Exception as error:  # Orbax and TensorStore raise many kinds for bytes they cannot read
@@ -396,7 +405,7 @@ def not_a_run(folder: storage.Folder) -> UserError:
     """What to say where a run folder is asked for."""
     if runs := runs_in(folder):
         return UserError(
-            f"{folder} holds {len(runs)} runs and is none itself; name one, such as {folder}/{runs[0]}"
+            f"{folder} holds run folders and is none itself; name one, such as {folder}/{runs[0]}"
         )
     return UserError(f"{folder} is not a run folder; name the --workdir of finetune-jax train")
 

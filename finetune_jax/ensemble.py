@@ -7,8 +7,9 @@ import numpy as np
 
 from finetune_jax.config import MeshConfig
 from finetune_jax.errors import UserError
-from finetune_jax.job import Job
+from finetune_jax.job import Job, is_run
 from finetune_jax.opening import open_model
+from finetune_jax.storage import place
 from finetune_jax.tree import Flat
 
 
@@ -22,8 +23,10 @@ def members(
     """Each model as `open_model` gives it, opened when it is asked for. Of words all read windows as long as the first one's.
 
     Raises:
-        UserError: One of them has another task, other labels or other input than the first.
+        UserError: A step of no run is asked for, or one of them has another task, other labels or other input than the first.
     """
+    if step != "best" and not any(is_run(place(model)) for model in models):
+        raise UserError(f"--step {step} is of a run folder, and {models[0]} is none; leave it out")
     first: Job | None = None
     for model in models:
         job, weights = open_model(model, step=step, max_length=max_length, mesh=mesh)

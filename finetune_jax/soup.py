@@ -45,6 +45,8 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
         raise UserError(f"{output} exists already; name a new folder or remove it")
     if len(runs) < 2:
         raise UserError(f"a soup needs at least 2 runs, not {len(runs)}; name more with --runs")
+    if again := next((run for number, run in enumerate(runs) if run in runs[:number]), None):
+        raise UserError(f"--runs names {again} more than once; name each once")
     for run in runs:
         if not is_run(storage.place(run)):
             raise not_a_run(storage.place(run))

@@ -233,7 +233,7 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
         (["evaluate", "--model", "{run}", "--splt", "test"], "unknown option --splt; did you mean --split?"),
         (["export", "--run", "{run}", "--output", "{run}"], "exists already"),
         *[
-            ([*words, "{run}/.."], "holds 1 runs and is none itself; name one, such as ")
+            ([*words, "{run}/.."], "holds run folders and is none itself; name one, such as ")
             for words in (
                 ["export", "--output", "o", "--run"],
                 ["predict", "--model"],
@@ -251,6 +251,7 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
             ["evaluate", "--model", "{run}", "--model.dtype", "bfloat16"],
             "evaluate does not read --model.dtype: a model is measured as it was made; leave it out",
         ),
+        (["predict", "--model", "{run}/model", "--step", "2"], "--step 2 is of a run folder, and "),
         (["evaluate", "--model", "{run}", "--seed=1"], "evaluate does not read --seed=1"),
         (
             ["train", "--workdir", "x", "--model.hf-config", "[1]"],

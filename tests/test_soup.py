@@ -82,7 +82,8 @@ def test_what_makes_no_soup_is_said(runs, tmp_path):
     loop.train(other, tmp_path / "token", devices=jax.devices()[ONE])
     for chosen, message in (
         (runs[ONE], r"a soup needs at least 2 runs, not 1"),
-        ([runs[0], str(tmp_path)], r"is not a run folder"),
+        ([runs[0], runs[0]], r"--runs names .* more than once; name each once"),
+        ([runs[0], str(tmp_path)], r"holds run folders and is none itself"),
         ([runs[0], str(tmp_path / "token")], r"all must be of one kind"),
     ):
         with pytest.raises(UserError, match=message):

@@ -6,9 +6,10 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from finetune_jax import runfolder
+from finetune_jax import job, runfolder
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import EvaluationConfig, MeshConfig, load_saved, to_dict
@@ -96,6 +97,24 @@ def test_what_differs_is_listed(tmp_path):
         UserError, match=r"labels \['yes', 'maybe'\].*1 parameters differ: classifier/bias \[7\], now \[2\]"
     ):
         loop.train(config, tmp_path / "run", devices=devices)
+
+
+def test_a_state_of_another_version_is_left_alone(tmp_path, monkeypatch):
+    """It is not damaged: the version that wrote it goes on."""
+    config, devices = text_config(tmp_path, steps=4), jax.devices()[:1]
+    with pytest.raises(loop.Stopped):
+        loop.train(config, tmp_path / "run", devices=devices, stop_at=2)
+    made = job.make_optimizer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            job, "make_optimizer", lambda *a: optax.chain(made(*a), optax.scale_by_schedule(lambda n: 1.0))
+        )
+        with pytest.raises(
+            UserError,
+            match=r"checkpoints/2 is sound, and its state has other parts .* such as training/opt_state/",
+        ):
+            loop.train(config, tmp_path / "run", devices=devices)
+    assert loop.train(config, tmp_path / "run", devices=devices)["steps"] == 4
 
 
 def test_the_order_of_rates_is_part_of_them(tmp_path):
