@@ -128,7 +128,6 @@ def validate(config: Config) -> Config:
     config = from_dict(to_dict(config), "config")
     _check_numbers(config)
     _check_family(config)
-    _check_places(config)
     _check_augmentation(config)
     _check_loss(config.task)
     _check_methods(config)
@@ -138,6 +137,7 @@ def validate(config: Config) -> Config:
     _check_optimizer(config.optim)
     _check_paces(config)
     _check_reinit(config)
+    _check_places(config)
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
             f"train.batch-size {config.train.batch_size} is not divisible by train.accumulation {config.train.accumulation}"

@@ -36,7 +36,9 @@ def recipe(family="bert", batch=16, dtype="float32", mesh=MeshConfig(smallest_sp
         model=ModelConfig(
             family=family, hf_config=BERT if family == "bert" else RESNET, dtype=dtype, **model
         ),
-        data=DataConfig(batching="padded", max_length=32, image=ImageConfig(size=16)),
+        data=DataConfig(image=ImageConfig(size=16))
+        if family == "resnet"
+        else DataConfig(batching="padded", max_length=32),
         train=train or TrainConfig(batch_size=batch),
         mesh=mesh,
     )

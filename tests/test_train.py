@@ -139,7 +139,7 @@ def test_result_and_run_folder(tmp_path, one_device):
     result = loop.train(config, tmp_path / "run", devices=one_device)
     assert json.loads((tmp_path / "run/result.json").read_text()) == result
     assert set(result) == {
-        "best_step", "steps", "metrics", "train_seconds", "real_tokens_per_second", "peak_memory_bytes", "parameters",
+        "best_step", "steps", "total_steps", "metrics", "train_seconds", "real_tokens_per_second", "peak_memory_bytes", "parameters",
         "seconds_by_part", "compiled_after_warm_up", "only_class",
     }  # fmt: skip
     assert result["compiled_after_warm_up"] == 0
