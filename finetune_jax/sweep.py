@@ -98,17 +98,10 @@ def sweep(
                 continue
             values = suggested(suggest, trial, space)
             say(f"trial {trial.number}, {trial.number + 1} of {trials}: {_words(values)}")
+            own = None
             try:
                 own = applied(config, values, space)
-            except UserError as error:
-                study.tell(trial, state=states.FAIL)
-                refused += 1
-                if refused == _REFUSED or not _has_measured(study):
-                    raise
-                say(f"trial {trial.number}: {error}")
-                continue
-            trial.set_user_attr(_TRIES, tries + 1)
-            try:
+                trial.set_user_attr(_TRIES, tries + 1)
                 result = train(own, run, devices=devices, stop_at=stop_at, on_evaluation=_asked(study, trial))
             except Pruned:
                 study.tell(trial, state=states.PRUNED)
@@ -117,11 +110,14 @@ def sweep(
                 raise
             except Refused as error:
                 refused += 1
-                if refused == _REFUSED or not _has_measured(study):
+                goes_on = refused < _REFUSED and _has_measured(study)
+                if goes_on or own is None:
+                    study.tell(trial, state=states.FAIL)
+                else:
                     _leave(study, trial, run, states)
+                if not goes_on:
                     raise
                 say(f"trial {trial.number}: {error}")
-                study.tell(trial, state=states.FAIL)
                 continue
             except Diverged as error:
                 say(f"trial {trial.number}: {error}")
@@ -276,7 +272,7 @@ def applied(config: Config, values: Mapping[str, Any], space: str | os.PathLike[
     """The recipe with these values.
 
     Raises:
-        UserError: The config takes one of them not.
+        Refused: The config takes one of them not.
     """
     fields = to_dict(config)
     for path, value in values.items():
@@ -285,7 +281,10 @@ def applied(config: Config, values: Mapping[str, Any], space: str | os.PathLike[
         for room in rooms:
             place = place[room]
         place[name] = {**place[name], **value} if path in _AS_JSON else value  # as on the command line
-    return validate(from_dict(fields, str(space)))
+    try:
+        return validate(from_dict(fields, str(space)))
+    except UserError as error:
+        raise Refused(str(error)) from error
 
 
 def _keep_the_best(study: Any, folder: Any, states: Any) -> None:
