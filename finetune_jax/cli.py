@@ -176,11 +176,11 @@ class Export:
     """Write a run as a folder that transformers' AutoModelFor...from_pretrained opens."""
 
     run: str
-    """The run folder."""
+    """The run folder; or an adapter's folder, as peft writes it, which is merged into its model."""
     output: str
     """A folder that does not exist yet."""
     step: str = "best"
-    """best, latest or a number."""
+    """Of a run: best, latest or a number."""
     verify: bool = False
     """Reload what was written and print the largest difference of a logit."""
     adapter: bool = False

@@ -1,4 +1,4 @@
-"""A run to a Hugging Face folder, and the proof that the folder gives the run's logits."""
+"""A run, or an adapter on its model, to a Hugging Face folder; and the proof that the folder gives the same logits."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES, export_tensors, load_params
 from finetune_jax.job import CONFIG_FILE, Job, is_run, open_pretrained, save_model_folder
-from finetune_jax.opening import open_model
+from finetune_jax.opening import is_adapter, open_model
 from finetune_jax.peft import hf_format, install
 from finetune_jax.peft.hf_format import adapter_files
 from finetune_jax.peft.selection import KINDS
@@ -37,14 +37,15 @@ def export(
     """Write config.json, model.safetensors, tokenizer or preprocessor_config.json, and a model card.
 
     What a method of `peft` added is multiplied into the model; with `adapter` it is written by itself, beside the head, as `peft`
-    has it (adapter_config.json, adapter_model.safetensors).
+    has it (adapter_config.json, adapter_model.safetensors). An adapter that stands by itself, peft's or ours, is multiplied into the
+    model that it names.
 
     The folder is written beside its place and renamed: it is there whole or not at all.
 
     Args:
-        run: The run folder.
+        run: The run folder, or an adapter's.
         output: A folder that does not exist yet.
-        step: best, latest or a number.
+        step: Of a run: best, latest or a number.
         verify: Reload what was written and compare its logits.
         adapter: Write what was trained only.
 
@@ -56,22 +57,31 @@ def export(
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder or remove it")
-    if not is_run(run):
-        raise not_a_run(run)
-    number = Checkpoints(run).choose(step)
-    job, weights = open_model(str(run), step=str(number))
-    if not adapter and job.peft.method not in ("none", *install.MERGED):
+    alone = is_adapter(run) and not is_run(run)
+    if alone and (adapter or step != "best"):
+        option = "--adapter" if adapter else f"--step {step}"
         raise UserError(
-            f"{run}: what peft.method {job.peft.method} adds cannot be multiplied into the model; add --adapter"
+            f"{run} is an adapter already, and no run; leave {option} out to merge it into its model"
+        )
+    if not alone and not is_run(run):
+        raise not_a_run(run)
+    number = None if alone else Checkpoints(run).choose(step)
+    job, weights = open_model(str(run), step=step if number is None else str(number))
+    if not adapter and job.peft.method not in ("none", *install.MERGED):
+        instead = "evaluate and predict open it as it is" if alone else "add --adapter"
+        raise UserError(
+            f"{run}: what peft.method {job.peft.method} adds cannot be multiplied into the model; {instead}"
         )
     signals.phase("exporting")
     with whole_folder(output) as draft:
         save_model_folder(job, draft)
         if adapter:
+            assert number is not None
             save_adapter(run, job, weights, draft, number)
         else:
             files.save_tensors(draft, export_tensors(job.family, install.merged(weights, job.peft)))
-        (draft / CARD_FILE).write_text(model_card(run, job, number, adapter=adapter), encoding="utf-8")
+        card = merged_card(run, job) if number is None else model_card(run, job, number, adapter=adapter)
+        (draft / CARD_FILE).write_text(card, encoding="utf-8")
         difference = largest_difference(job, weights, draft) if verify else None
     return difference
 
@@ -197,10 +207,7 @@ def model_card(run: Folder, job: Job, step: int, *, adapter: bool = False) -> st
     manifest = json.loads((run / MANIFEST_FILE).read_text("utf-8"))
     base = saved.model.pretrained
     library = "transformers" if not adapter else "finetune-jax" if job.peft.method == "bottleneck" else "peft"
-    lines = ["---", f"library_name: {library}", "tags: [finetune-jax, jax, flax]"]
-    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a hub id
-        lines.append(f"base_model: {base}")
-    lines += ["---", "", f"# {job.task.architecture}", ""]
+    lines = _card_head(job, library, base)
     lines.append(f"Fine-tuned with finetune_jax {__version__} from {base or 'random weights'}; step {step}.")
     lines += ["", "## Data", "", manifest["data"], ""]
     lines += ["## Metrics", ""]
@@ -218,6 +225,28 @@ def model_card(run: Folder, job: Job, step: int, *, adapter: bool = False) -> st
     }
     lines += [json.dumps(shown, indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def merged_card(folder: Folder, job: Job) -> str:
+    """Markdown of an adapter that stood by itself, of whose training nothing is known here."""
+    fields = files.read_json(Path(folder) / hf_format.CONFIG_FILE)
+    base = fields["base_model_name_or_path"]
+    lines = _card_head(job, "transformers", base)
+    lines += [
+        f"An adapter ({fields['peft_type']}) merged into {base} by finetune_jax {__version__}.",
+        "",
+        "## Adapter",
+        "",
+        "```json",
+    ]
+    return "\n".join([*lines, json.dumps(fields, indent=2), "```", ""])
+
+
+def _card_head(job: Job, library: str, base: str | None) -> list[str]:
+    lines = ["---", f"library_name: {library}", "tags: [finetune-jax, jax, flax]"]
+    if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a hub id
+        lines.append(f"base_model: {base}")
+    return [*lines, "---", "", f"# {job.task.architecture}", ""]
 
 
 def _metric_table(figures: dict[str, dict[str, Any]]) -> list[str]:

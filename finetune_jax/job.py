@@ -194,7 +194,7 @@ def open_named(source: str, revision: str | None = None) -> Checkpoint:
         raise not_a_run(folder)
     if (folder / hf_format.CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors*")):
         raise UserError(
-            f"{source} is an adapter, not a whole model; name the model that it is for, or export its run without --adapter"
+            f"{source} is an adapter, not a whole model; name the model that it is for, or what finetune-jax export makes of both"
         )
     return open_checkpoint(source, revision)
 

@@ -608,6 +608,22 @@ def test_we_open_what_peft_writes(kind, config, base, tmp_path):
     theirs = their_logits(model, base(kind), kind, rows)
     for ours, other in zip(logits_of(tmp_path / "adapter", rows), theirs, strict=True):
         np.testing.assert_allclose(ours, other, atol=1e-5)
+    if model.peft_type in ("PREFIX_TUNING", "PROMPT_TUNING"):
+        with pytest.raises(
+            UserError, match="cannot be multiplied into the model; evaluate and predict open it"
+        ):
+            export(tmp_path / "adapter", tmp_path / "hf")
+        return
+    gives_the_same_merged(kind, tmp_path, rows, theirs)
+
+
+def gives_the_same_merged(kind, folder, rows, theirs):
+    """An adapter that peft wrote becomes a whole model that transformers opens."""
+    export(folder / "adapter", folder / "hf", verify=True)
+    whole = AUTO[kind].from_pretrained(folder / "hf").eval()
+    for ours, other in zip(their_logits(whole, folder / "hf", kind, rows), theirs, strict=True):
+        np.testing.assert_allclose(ours, other, atol=1e-5)
+    assert "merged into" in (folder / "hf/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -634,6 +650,17 @@ def test_we_open_what_peft_writes_of_images(config, base, tmp_path):
     rows = inputs("image", tmp_path)
     theirs = their_logits(model, base("image"), "image", rows)
     np.testing.assert_allclose(logits_of(tmp_path / "adapter", rows), theirs, atol=1e-5)
+    gives_the_same_merged("image", tmp_path, rows, theirs)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"adapter": True}, "--adapter"), ({"step": "3"}, "--step 3")]
+)
+def test_an_adapter_has_no_steps_and_is_none_twice(options, named, runs, tmp_path):
+    export(runs("text", "lora"), tmp_path / "adapter", adapter=True)
+    with pytest.raises(UserError, match=f"is an adapter already, and no run; leave {named} out"):
+        export(tmp_path / "adapter", tmp_path / "hf", **options)
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("change", [{"peft": PeftConfig(method="lora")}, {"model": {"train": "head"}}])
