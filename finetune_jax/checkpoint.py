@@ -44,6 +44,8 @@ class Progress:
     """Position in the data: the number of the next batch."""
     best_step: int | None = None
     best_value: float | None = None
+    metric: str | None = None
+    """Of which that is the value."""
     stale: int = 0
     """Evaluations in a row without a better value."""
     unevaluated: bool = False

@@ -339,7 +339,7 @@ class OptimConfig:
     rates: dict[str, float] = field(default_factory=dict)
     """REGEX FACTOR pairs: the learning rate of parameters in whose path the regex is found, over the schedule's; the first that is found counts."""
     unfreeze_every: int | None = None
-    """Gradual unfreezing: pooler and head alone at first, then one more layer or block from the top each so many updates, embeddings last. All have gradients and moments from the start."""
+    """Gradual unfreezing: pooler and head alone at first, then one more layer or block from the top each so many updates, embeddings last. All have gradients and moments from the start, and count in the norms of methods.sam and of clip-norm."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; None leaves it alone."""
 

@@ -7,7 +7,7 @@ run keeps one in RUN/model, so that a run and an exported checkpoint are opened 
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from finetune_jax.config import (
     MeshConfig,
     MethodsConfig,
     ModelConfig,
+    OptimConfig,
     PeftConfig,
 )
 from finetune_jax.data.augment import ImageAugmentation
@@ -62,7 +63,7 @@ from finetune_jax.models import bert, resnet
 from finetune_jax.models.layers import FLOAT32, Compute
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.peft import hf_format, install
-from finetune_jax.peft.adalora import orthogonality, phases, pruned
+from finetune_jax.peft.adalora import PARTS, layers_of, orthogonality, phases, pruned
 from finetune_jax.peft.selection import depths, frozen_parameters, paces
 from finetune_jax.sharding import Devices, Placement, make_mesh, place_params, split_rows
 from finetune_jax.state import ModelParts, TrainState, abstract_state, split_model
@@ -239,26 +240,35 @@ def job_from_config(
     model_config = parse_model(config.model, checkpoint)
     task = task_from_config(config, checkpoint, model_config, source.labels)
     family, compute = config.model.family, compute_of(config.model)
-    check_attention(config.model, model_config)
+    check_attention(config, model_config)
     attention = config.model.attention
     job = make_job(task, family, model_config, config.mesh, devices, compute, attention, config.peft)
-    return (
-        job
-        if checkpoint is None
-        else dataclasses.replace(job, untaught=untaught(checkpoint, job.own_weights))
-    )
+    return begun_from(job, checkpoint)
 
 
-def check_attention(config: ModelConfig, model_config: Any) -> None:
+def begun_from(job: Job, checkpoint: Checkpoint | None) -> Job:
+    """The job, knowing what its checkpoint lacks."""
+    if checkpoint is None:
+        return job
+    return dataclasses.replace(job, untaught=untaught(checkpoint, job.own_weights))
+
+
+def check_attention(config: Config, model_config: Any) -> None:
     """
     Raises:
-        UserError: A kernel without dropout is to train with it.
+        UserError: A kernel without dropout is to train with it, or beside a prefix.
     """
-    rate = getattr(model_config, "attention_probs_dropout_prob", 0.0)
-    if config.attention in PLATFORMS and rate:
+    kernel, rate = config.model.attention, getattr(model_config, "attention_probs_dropout_prob", 0.0)
+    if kernel not in PLATFORMS:
+        return
+    if rate:
         raise UserError(
-            f"model.attention {config.attention} has no dropout, attention_probs_dropout_prob is {rate:g}; set it to 0 with"
+            f"model.attention {kernel} has no dropout, attention_probs_dropout_prob is {rate:g}; set it to 0 with"
             " --model.hf-config, or take auto: then training is left to XLA"
+        )
+    if config.peft.method == "prefix":
+        raise UserError(
+            f"model.attention {kernel} has no place for the keys of peft.method prefix; take auto: then attention is left to XLA"
         )
 
 
@@ -385,15 +395,18 @@ def make_updates(
         raise UserError(
             f"model.freeze {list(model.freeze)} leaves nothing to train of what peft.method {config.peft.method} adds; change one of them"
         )
-    if len(trained) == len(parameters) and model.frozen_dtype != "float32":
+    if model.frozen_dtype != "float32" and not any(
+        is_frozen[path] and job.parts.abstract[path].ndim > 1 for path in parameters
+    ):
         raise UserError(
-            f"model.frozen-dtype {model.frozen_dtype} is for frozen parameters, and all are trained; leave it out, or see model.dtype"
+            f"model.frozen-dtype {model.frozen_dtype} is for frozen matrices, and all are trained; leave it out, or see model.dtype"
         )
     depth = depths(parameters, family.STEM, family.BLOCK)
+    _check_depths(optim, depth, trained)
     pace = paces(depth, trained, optim.layer_decay, optim.rates, optim.unfreeze_every)
     schedule = schedule or make_schedule(config.optim, total_steps)
     decay = lookup((*install.DECAY, *family.DECAY), trained, "weight-decay rule")
-    methods, objective = config.methods, make_objective(config.methods, job)
+    methods, objective = config.methods, make_objective(config.methods, job, model.stochastic_depth)
     swa = None if methods.swa is None else (round(methods.swa * total_steps), methods.swa_every)
     if swa is not None and sum(swa) > total_steps:
         raise UserError(
@@ -409,6 +422,7 @@ def make_updates(
                 f"peft.prune-from {config.peft.prune_from:g} prunes from update {start} on, of {total_steps} in all, which leaves none to"
                 " prune in; lower it, or train longer"
             )
+        _check_triplets(is_frozen)
         penalty, last = orthogonality(config.peft.orthogonality), pruned(config.peft, total_steps)
     return Updates(
         is_frozen=is_frozen,
@@ -425,6 +439,38 @@ def make_updates(
     )
 
 
+def _check_depths(optim: OptimConfig, depth: Mapping[str, int], trained: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: Rates or beginnings by depth, where all that is trained has the greatest.
+    """
+    asked = {
+        f"optim.layer-decay {optim.layer_decay:g}": optim.layer_decay != 1,
+        f"optim.unfreeze-every {optim.unfreeze_every}": optim.unfreeze_every is not None,
+    }
+    top = max(depth.values())
+    for name, is_set in asked.items():
+        if is_set and all(depth[path] == top for path in trained):
+            raise UserError(
+                f"{name} is for layers below the head, and all {len(trained)} tensors that are trained, such as {trained[0]}, stand at its"
+                " depth; leave it out"
+            )
+
+
+def _check_triplets(is_frozen: Mapping[str, bool]) -> None:
+    """
+    Raises:
+        UserError: Of a layer's vectors and values (arXiv:2303.10512, eq. 3), which are pruned together, some are trained alone.
+    """
+    for layer in layers_of(is_frozen):
+        held = [f"{layer}/{name}" for name in PARTS if is_frozen[f"{layer}/{name}"]]
+        if held and len(held) < len(PARTS):
+            raise UserError(
+                f"model.freeze freezes {held[0]} and not the others of its layer ({', '.join(PARTS)}), which peft.method adalora prunes"
+                " together; freeze all of them, or none"
+            )
+
+
 def abstract_state_of(job: Job, updates: Updates) -> TrainState:
     """Shapes and places of the state before the first update."""
     return abstract_state(
@@ -438,23 +484,23 @@ def abstract_state_of(job: Job, updates: Updates) -> TrainState:
     )
 
 
-def make_objective(config: MethodsConfig, job: Job) -> Objective:
-    """What the recipe says of the loss around the task's.
+def make_objective(config: MethodsConfig, job: Job, stochastic_depth: float = 0.0) -> Objective:
+    """What the recipe says of the loss around the task's, for a model whose branches are left out at this rate.
 
     Raises:
         UserError: Nothing differs between two passes that are to agree.
     """
-    objective = _around_the_loss(config, job)
+    objective = _around_the_loss(config, job, stochastic_depth)
     return Proximal(job.task, objective, config.proximal) if config.proximal else objective
 
 
-def _around_the_loss(config: MethodsConfig, job: Job) -> Objective:
+def _around_the_loss(config: MethodsConfig, job: Job, stochastic_depth: float) -> Objective:
     if config.r_drop:
         rates = [getattr(job.model_config, name, 0.0) or 0.0 for name in DROPOUTS]
-        if not any(rates) and not job.peft.dropout:
+        if not any((*rates, job.peft.dropout, stochastic_depth)):
             raise UserError(
                 f"methods.r-drop compares two passes with different dropout, and {', '.join(DROPOUTS)} are 0; set one with"
-                " --model.hf-config"
+                " --model.hf-config, or model.stochastic-depth"
             )
         return RDrop(job.task, config.r_drop)
     if config.mixup or config.cutmix:
@@ -478,8 +524,8 @@ def make_ball(job: Job, radius: float, rate: float) -> Perturbation:
     """What may be done to an example of the job's: to its word vectors, or to its pixels (lengths in levels of 255)."""
     if job.family == "resnet":
         return PixelOffsets(radius / 255, rate / 255)
-    width = job.parts.abstract["bert/embeddings/word_embeddings/embedding"].shape[1]
-    return WordOffsets(width, radius, rate)
+    vocabulary, width = job.parts.abstract["bert/embeddings/word_embeddings/embedding"].shape
+    return WordOffsets(width, radius, rate, vocabulary)
 
 
 def cached_width(config: Config, job: Job, updates: Updates) -> int:

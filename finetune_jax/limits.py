@@ -329,6 +329,14 @@ def _check_methods(config: Config) -> None:
             "methods.mixup mixes what the head reads of two examples; in a token_classification it reads words, of which none"
             " stands for another; leave it out"
         )
+    rows = config.train.batch_size // config.train.accumulation
+    packed = config.model.family == "bert" and config.data.batching == "packed"
+    mixing = next((name for name in ("mixup", "cutmix") if around[name]), None)
+    if mixing is not None and rows < 2 and not packed:
+        raise UserError(
+            f"methods.{mixing} mixes the examples of a micro-batch, and train.batch-size {config.train.batch_size} over train.accumulation"
+            f" {config.train.accumulation} leaves one in each; raise the first, or lower the second"
+        )
     if methods.adversarial == "freelb" and config.model.family == "resnet":
         raise UserError("methods.adversarial freelb is for text; take fgm or pgd for images")
     if config.model.cache_features and chosen:
@@ -401,6 +409,11 @@ def _check_peft(config: Config) -> None:
         if peft.prune_until <= peft.prune_from:
             raise UserError(
                 f"peft.prune-until {peft.prune_until:g} must be over peft.prune-from {peft.prune_from:g}"
+            )
+        if config.optim.unfreeze_every is not None:
+            raise UserError(
+                f"peft.method adalora and optim.unfreeze-every {config.optim.unfreeze_every} exclude each other: what has not begun counts"
+                " for nothing, and is pruned first; leave one of them out"
             )
         for name in ("ema", "swa"):
             if getattr(config.methods, name) is not None:

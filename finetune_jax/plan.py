@@ -25,11 +25,13 @@ from finetune_jax.data.pipeline import Batches, Examples, ImageExamples, evaluat
 from finetune_jax.data.sources import cache_root
 from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
+from finetune_jax.hf.pretrained import Checkpoint
 from finetune_jax.hlo import BETWEEN_SLICES, Collective, Program, read_program
 from finetune_jax.job import (
     FAMILIES,
     Job,
     abstract_state_of,
+    begun_from,
     cached_width,
     check_attention,
     compute_of,
@@ -229,6 +231,7 @@ class Subject:
     count: int
     """Training examples."""
     cache: Path
+    checkpoint: Checkpoint | None
 
     @classmethod
     def open(cls, config: Config, workload: Workload | None) -> "Subject":
@@ -242,16 +245,17 @@ class Subject:
                 raise UserError("data.train names no split; give --examples, --tokens and --labels instead")
             task = task_from_config(config, checkpoint, model_config, source.labels)
             data = task.examples(source.splits["train"], train=True, cache_key=(source.fingerprint, "train"))
-            return cls(config, task, model_config, data, len(data), cache)
+            return cls(config, task, model_config, data, len(data), cache, checkpoint)
         regression = config.task.name == "sequence_regression"
         labels = None if regression else tuple(str(index) for index in range(workload.labels))
         task = task_from_config(config, checkpoint, model_config, labels, reads=False)
-        return cls(config, task, model_config, _stand_in(config, task, workload), workload.examples, cache)
+        data = _stand_in(config, task, workload)
+        return cls(config, task, model_config, data, workload.examples, cache, checkpoint)
 
     def train_step(self, config: Config, devices: list[Any]) -> "Lowered":
         """The recipe's train step, as it is or with other knobs, ready to compile."""
         family, compute = config.model.family, compute_of(config.model)
-        check_attention(config.model, self.model_config)
+        check_attention(config, self.model_config)
         job = make_job(
             self.task,
             family,
@@ -262,6 +266,7 @@ class Subject:
             config.model.attention,
             config.peft,
         )
+        job = begun_from(job, self.checkpoint)
         parts = batch_parts(job.mesh) * config.train.accumulation
         batching, longest = config.data.batching, self.task.row_length
         shape = train_shape(self.data, config.train.batch_size, longest, batching, parts)

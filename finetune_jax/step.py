@@ -176,7 +176,7 @@ def moved_averages(updates: Updates, averages: Flat, weights: Flat, done: jax.Ar
     count = done.astype(jnp.float32)
     # The first steps would else stay in the average for long (TensorFlow's ExponentialMovingAverage, num_updates).
     decay = jnp.minimum(updates.ema, (1.0 + count) / (10.0 + count))
-    return jax.tree.map(lambda a, w: decay * a + (1.0 - decay) * w, averages, weights)
+    return jax.tree.map(lambda a, w: a + (1.0 - decay) * (w - a), averages, weights)
 
 
 def summed_gradient(

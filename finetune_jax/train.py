@@ -248,6 +248,11 @@ def fit(
     programs = None if ended else Programs(config, job, batches, setup.inputs, setup.updates, setup.state)
     state, progress = saver.checkpoints.restore(setup.state) or (first_state(setup), Progress())
     setup.loaded.clear()  # `setup` lives as long as the run
+    if progress.metric not in (None, setup.metric):
+        say(f"evaluation.metric was {progress.metric}: what was best by that is forgotten")
+        progress.best_step = progress.best_value = None
+        progress.stale = 0
+    progress.metric = setup.metric
     step = int(state.step)
     if ended and (step == total_steps or progress.stale >= patience):
         say(f"{run} is complete: {step} updates are done")

@@ -61,7 +61,8 @@ def test_an_attack_on_packed_rows_is_that_on_each_example_alone(runs):
     clean, sums = opened.forward(examples).outputs(opened.weights)
     losses = [float(sums["loss"][0])]
     for steps, rate in ((1, 0.5), (4, 0.25)):
-        attack = make_attack(opened.job.task, opened.job.parts, WordOffsets(16, 0.5, rate), steps)
+        ball = WordOffsets(16, 0.5, rate, opened.job.model_config.vocab_size)
+        attack = make_attack(opened.job.task, opened.job.parts, ball, steps)
         packed, sums = opened.forward(examples, attack).outputs(opened.weights)
         losses.append(float(sums["loss"][0]))
         if steps == 1:

@@ -308,6 +308,19 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, one_device):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_another_metric_decides_anew(tmp_path, one_device, capsys):
+    """An accuracy of 0.5 is no better than a loss of 0.7, nor worse."""
+    config = config_of("text", tmp_path, steps=4)
+    config = replace(config, evaluation=EvaluationConfig(every_steps=1, metric="accuracy"))
+    with pytest.raises(loop.Stopped):
+        loop.train(config, tmp_path / "run", devices=one_device, stop_at=2)
+    config = replace(config, evaluation=EvaluationConfig(every_steps=1, metric="loss"))
+    result = loop.train(config, tmp_path / "run", devices=one_device, allow_change=["evaluation.metric"])
+    assert "evaluation.metric was accuracy: what was best by that is forgotten" in capsys.readouterr().err
+    losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run", "validation") if row["step"] > 2}
+    assert result["best_step"] == min(losses, key=losses.__getitem__)
+
+
 def test_best_checkpoint_stays(tmp_path, one_device):
     config = config_of("text", tmp_path, steps=12)
     config = replace(config, evaluation=EvaluationConfig(every_steps=2, metric="loss"))

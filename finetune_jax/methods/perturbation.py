@@ -31,16 +31,18 @@ class WordOffsets:
     """Added to the word vectors, BxLxD: no longer than `radius` in the L2 norm over all word pieces of an example.
 
     Steps are `rate` long; the random start is uniform up to radius / sqrt(numbers of the example) (FreeLB, arXiv:1909.11764,
-    algorithm 1). Rows may hold several examples; padding gets none.
+    algorithm 1). Rows may hold several examples; padding gets none, and neither do the rows of a prompt, which are the model's own.
     """
 
     width: int
     """D"""
     radius: float
     rate: float
+    vocabulary: int
+    """Ids below it are words."""
 
     def start(self, batch: Batch, key: jax.Array | None) -> jax.Array:
-        segments_BxL = batch["segment_ids"]
+        segments_BxL = self._words(batch)
         shape = (*segments_BxL.shape, self.width)
         if key is None:
             return jnp.zeros(shape, jnp.float32)
@@ -50,10 +52,16 @@ class WordOffsets:
         return jnp.where((segments_BxL > 0)[:, :, None], uniform * scale_BxLx1, 0.0)
 
     def ascend(self, offset: jax.Array, gradient: jax.Array, batch: Batch) -> jax.Array:
-        same_BxLxL = _same(batch["segment_ids"])
+        segments_BxL = self._words(batch)
+        same_BxLxL = _same(segments_BxL)
+        gradient = jnp.where((segments_BxL > 0)[:, :, None], gradient, 0.0)
         # A gradient of zero gives no direction.
         offset = offset + self.rate * gradient / jnp.maximum(_norms(gradient, same_BxLxL), _TINY)
         return offset * jnp.minimum(1.0, self.radius / jnp.maximum(_norms(offset, same_BxLxL), _TINY))
+
+    def _words(self, batch: Batch) -> jax.Array:
+        """BxL: the number of the example that a word piece is of; 0 for what may not be moved."""
+        return jnp.where(batch["input_ids"] < self.vocabulary, batch["segment_ids"], 0)
 
 
 def _same(segments_BxL: jax.Array) -> jax.Array:
@@ -64,7 +72,9 @@ def _same(segments_BxL: jax.Array) -> jax.Array:
 
 def _norms(x_BxLxD: jax.Array, same_BxLxL: jax.Array) -> jax.Array:
     """BxLx1: the L2 norm over the example that a position is of."""
-    return jnp.sqrt(same_BxLxL @ jnp.sum(jnp.square(x_BxLxD), axis=2, keepdims=True))
+    squares_BxLx1 = jnp.sum(jnp.square(x_BxLxD), axis=2, keepdims=True)
+    # An accelerator's product of float32 would else round them to bfloat16.
+    return jnp.sqrt(jnp.matmul(same_BxLxL, squares_BxLx1, precision=jax.lax.Precision.HIGHEST))
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,8 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
     with Tensors(folder, WEIGHTS_FILE) as tensors:
         digest = tensors.metadata(WEIGHTS_FILE).get(BASE_DIGEST)
         for key in tensors:
+            if not tensors.shape(key) or (0 in tensors.shape(key) and method != "adalora"):
+                raise UserError(f"{folder}: {key} is {list(tensors.shape(key))}, which holds no vectors")
             path, value = _ours(family, method, key, tensors[key], folder)
             params[path] = value
             if path.endswith("/ia3") and tensors.shape(key)[0] == 1:
@@ -313,10 +315,11 @@ def _widened(params: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarra
 def _number(fields: Mapping[str, Any], name: str, default: Any, folder: Path) -> Any:
     """
     Raises:
-        UserError: The field is none, or below 0.
+        UserError: The field is none, or below 0; a rank below 1.
     """
-    value, kind = fields.get(name, default), int if name in ("r", "init_r") else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < 1e9:
+    value = fields.get(name, default)
+    kind, lowest = (int, 1) if name in ("r", "init_r") else (int | float, 0)
+    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value < 1e9:
         raise UserError(f"{folder}: {name} {value!r} is not a number such as {default}")
     return value
 

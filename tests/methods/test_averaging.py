@@ -1,6 +1,7 @@
 """Stochastic weight averaging: the mean of the weights of its updates, as NumPy has it from the checkpoints of a plain run."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,6 +38,18 @@ def test_algorithm_1(every):
         models = [n for n in range(4, done + 2) if (n - 4) % every == 0] or [done + 1]
         expected = np.mean([weights[n - 1] for n in models], axis=0)
         np.testing.assert_allclose(averages["w"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_of_what_stays_stays():
+    """Bit for bit: an adapter's base is compared so, and frozen running averages are averaged with the rest."""
+    value = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    updates: Any = Updates({}, {}, None, None, None, ema=0.99)  # pyright: ignore[reportArgumentType]
+    averages = {"w": jnp.asarray(value)}
+    for done in range(30):
+        averages = jax.jit(partial(moved_averages, updates))(
+            averages, {"w": jnp.asarray(value)}, jnp.asarray(done)
+        )
+    np.testing.assert_array_equal(averages["w"], value)
 
 
 def test_the_mean_from_its_start_on(tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from finetune_jax import train as loop
 from finetune_jax.config import MeshConfig, MethodsConfig
+from finetune_jax.limits import validate
 from finetune_jax.methods.mixing import Mixing
 from finetune_jax.methods.objective import Mixed
 from finetune_jax.sharding import batch_sharding, make_mesh
@@ -186,3 +187,13 @@ def test_any_mesh_gives_the_same(tmp_path):
 def test_wrong_choices_are_one_line(kind, change, message, tmp_path, capsys):
     assert tiny.train_with(config_of(kind, tmp_path), {"methods": change}, tmp_path) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_example_alone_has_nobody_to_mix_with(tmp_path, capsys):
+    """Where rows hold one example each; those of packed texts hold several."""
+    alone = {"batch_size": 4, "accumulation": 4}
+    change = {"methods": {"mixup": 0.2}, "train": alone}
+    assert tiny.train_with(config_of("image", tmp_path), change, tmp_path) == 2
+    assert "train.batch-size 4 over train.accumulation 4 leaves one in each" in capsys.readouterr().err
+    config = dataclasses.replace(config_of("text", tmp_path), methods=MethodsConfig(mixup=0.2))
+    assert validate(dataclasses.replace(config, train=dataclasses.replace(config.train, **alone)))

@@ -23,7 +23,7 @@ from tests.tiny import assert_same_bits, config_of, rows, saved
 
 replace = dataclasses.replace
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0]], np.int32)
-WIDTH, CLASSES = 3, 4
+WIDTH, CLASSES, WORDS = 3, 4, 9
 METHODS = {
     "r_drop": MethodsConfig(r_drop=1.0),
     "fgm": MethodsConfig(adversarial="fgm", radius=0.5),
@@ -53,6 +53,7 @@ def problem():
     x = rng.normal(size=(2, 6, WIDTH)).astype(np.float32)
     kernel = rng.normal(size=(WIDTH, CLASSES)).astype(np.float32)
     batch = {
+        "input_ids": jnp.full((2, 6), WORDS - 1),
         "segment_ids": jnp.asarray(SEGMENTS),
         "labels": jnp.asarray(rng.integers(0, CLASSES, (2, 6)), jnp.int32),
         "weights": jnp.asarray(SEGMENTS > 0, jnp.float32),
@@ -99,7 +100,7 @@ def test_plain_is_the_loss(problem):
 def test_fgm_by_hand(problem):
     """x + radius * g / |g|, the norm over each example (arXiv:1605.07725, eq. 5)."""
     run, batch, x, kernel = problem
-    objective = Adversarial(Pieces(), WordOffsets(WIDTH, 0.7, 0.7), 1, random_start=False)
+    objective = Adversarial(Pieces(), WordOffsets(WIDTH, 0.7, 0.7, WORDS), 1, random_start=False)
     total, _, _ = objective(run(0.0), batch, jax.random.key(0))
     clean, gradient = loss_and_gradient(x, kernel, batch)
     moved = x.copy()
@@ -126,7 +127,7 @@ def ascent(x, kernel, batch, offset, steps, rate, radius):
 
 def test_pgd_by_hand(problem):
     run, batch, x, kernel = problem
-    ball, key = WordOffsets(WIDTH, 0.5, 0.3), jax.random.key(3)
+    ball, key = WordOffsets(WIDTH, 0.5, 0.3, WORDS), jax.random.key(3)
     total, _, _ = Adversarial(Pieces(), ball, 3, random_start=True)(run(0.0), batch, key)
     start = np.asarray(ball.start(batch, jax.random.fold_in(key, 2)), np.float64)
     for row, where in examples():
@@ -140,13 +141,33 @@ def test_pgd_by_hand(problem):
 def test_freelb_by_hand(problem):
     """The mean of the losses at the start and after each but the last step (arXiv:1909.11764, algorithm 1)."""
     run, batch, x, kernel = problem
-    ball, key = WordOffsets(WIDTH, 0.5, 0.3), jax.random.key(3)
+    ball, key = WordOffsets(WIDTH, 0.5, 0.3, WORDS), jax.random.key(3)
     total, _, _ = FreeLB(Pieces(), ball, 3)(run(0.0), batch, key)
     start = np.asarray(ball.start(batch, jax.random.fold_in(key, 2)), np.float64)
     losses = [
         loss_and_gradient(x + o, kernel, batch)[0] for o in ascent(x, kernel, batch, start, 2, 0.3, 0.5)
     ]
     np.testing.assert_allclose(total, np.mean(losses), rtol=1e-5)
+
+
+def test_what_is_no_word_is_not_moved(problem):
+    """The rows of a prompt, which stand before the words of an example: in its segment, by ids after the vocabulary's."""
+    _, batch, *_ = problem
+    ids = np.where(np.arange(6) < 2, WORDS, 0) * np.ones((2, 1), int)
+    prompted, ball = {**batch, "input_ids": jnp.asarray(ids)}, WordOffsets(WIDTH, 0.5, 0.3, WORDS)
+    words = (SEGMENTS > 0) & (ids < WORDS)
+    start = np.asarray(ball.start(prompted, jax.random.key(3)))
+    gradient = np.random.default_rng(1).normal(size=start.shape).astype(np.float32)
+    moved = np.asarray(ball.ascend(jnp.zeros(start.shape), jnp.asarray(gradient), prompted))
+    assert not start[~words].any()
+    assert not moved[~words].any()
+    for row, where in examples():
+        seen = where & words[row]
+        if not seen.any():
+            continue
+        assert 0.0 < np.abs(start[row, seen]).max() <= 0.5 / np.sqrt(seen.sum() * WIDTH)
+        expected = 0.3 * gradient[row, seen] / np.linalg.norm(gradient[row, seen])
+        np.testing.assert_allclose(moved[row, seen], expected, rtol=1e-5)
 
 
 def test_r_drop_is_torchs(problem):
@@ -333,6 +354,8 @@ def test_r_drop_needs_dropout(tmp_path):
         loop.UserError, match=r"two passes with different dropout, and hidden_dropout_prob, .* are 0"
     ):
         loop.prepare(replace(config, model=replace(config.model, hf_config=fields)), jax.devices()[:1])
+    model = replace(config.model, hf_config=fields, stochastic_depth=0.2)
+    assert loop.prepare(replace(config, model=model), jax.devices()[:1]), "passes differ in their branches"
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
@@ -369,7 +392,7 @@ def test_averages_by_hand_and_served(kind, tmp_path):
 def test_neftune_is_its_noise(problem):
     """Uniform up to alpha / sqrt(L D), L the word pieces of the example (arXiv:2310.05914, algorithm 1)."""
     run, batch, x, kernel = problem
-    ball, key = WordOffsets(WIDTH, 5.0, 5.0), jax.random.key(1)
+    ball, key = WordOffsets(WIDTH, 5.0, 5.0, WORDS), jax.random.key(1)
     noise = np.asarray(ball.start(batch, jax.random.fold_in(key, 2)), np.float64)
     for row, where in examples():
         limit = 5.0 / np.sqrt(where.sum() * WIDTH)

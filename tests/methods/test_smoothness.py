@@ -21,7 +21,7 @@ from tests.tiny import assert_resumes, config_of, without_evaluation
 
 replace = dataclasses.replace
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0]], np.int32)
-WIDTH, CLASSES, RADIUS, RATE = 3, 4, 0.5, 0.3
+WIDTH, CLASSES, WORDS, RADIUS, RATE = 3, 4, 9, 0.5, 0.3
 EXAMPLES = [(0, SEGMENTS[0] == 1), (0, SEGMENTS[0] == 2), (1, SEGMENTS[1] == 1)]
 TASK = types.SimpleNamespace(
     loss=lambda logits, batch: cross_entropy(logits, batch["labels"], batch["weights"]),
@@ -41,6 +41,7 @@ def problem():
     x = rng.normal(size=(2, 6, WIDTH)).astype(np.float32)
     kernel = rng.normal(size=(WIDTH, CLASSES)).astype(np.float32)
     batch = {
+        "input_ids": jnp.full((2, 6), WORDS - 1),
         "segment_ids": jnp.asarray(SEGMENTS),
         "labels": jnp.asarray(rng.integers(0, CLASSES, (2, 6)), jnp.int32),
         "weights": jnp.asarray(SEGMENTS > 0, jnp.float32),
@@ -76,7 +77,7 @@ def gradient_by_hand(x, offset, kernel, one_way):
 def test_value_and_gradient_by_hand(problem, held):
     """The ascent in NumPy, what it leads to in torch, whose gradient stops where VAT's does."""
     run_of, batch, x, kernel = problem
-    ball, key = WordOffsets(WIDTH, RADIUS, RATE), jax.random.key(3)
+    ball, key = WordOffsets(WIDTH, RADIUS, RATE, WORDS), jax.random.key(3)
     objective = Smooth(TASK, ball, 3, 0.7, held)  # pyright: ignore[reportArgumentType]
     total, gradient = jax.value_and_grad(lambda scale: objective(run_of(scale), batch, key)[0])(1.0)
     offset = np.asarray(ball.start(batch, jax.random.fold_in(key, 2)), np.float64)

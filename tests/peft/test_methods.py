@@ -38,6 +38,7 @@ from finetune_jax.peft.dora import DoraLinear
 from finetune_jax.peft.ia3 import Ia3Linear
 from finetune_jax.peft.install import is_added, merged
 from finetune_jax.peft.lora import LoraConv, LoraLinear
+from finetune_jax.plan import Subject
 from finetune_jax.predict import predict
 from finetune_jax.step import make_forward, make_train_step
 from finetune_jax.tasks.sequence import SequenceClassification
@@ -680,6 +681,8 @@ def test_what_is_random_is_not_frozen(change, base, tmp_path):
     assert not any("/self/query/kernel" in path for path in moments)
     assert export(tmp_path / "run", tmp_path / "hf", verify=True) <= 1e-5
     assert not any("pooler" in name for name in bare)
+    planned = Subject.open(config, None).train_step(config, jax.devices()[ONE]).state
+    assert {path for path in planned.params if "pooler" in path}, "what is planned is what is trained"
     frozen = replace(config, model=replace(config.model, freeze=("pooler",)))
     with pytest.raises(UserError, match=r"bare has no bert/pooler/dense/bias"):
         loop.train(frozen, tmp_path / "other", devices=jax.devices()[ONE])
@@ -851,6 +854,7 @@ def test_the_best_of_adalora_is_within_its_budget(skipped, until, best, base, tm
         ({"r": "eight"}, "r 'eight' is not a number such as 8"),
         ({"lora_alpha": None}, "lora_alpha None is not a number such as 8"),
         ({"bias": "all"}, 'bias "all" is not supported, only "none"'),
+        ({"r": 0}, "r 0 is not a number such as 8"),
     ],
 )
 def test_an_adapter_that_cannot_be_opened_is_said(change, message, runs, tmp_path):
@@ -858,6 +862,17 @@ def test_an_adapter_that_cannot_be_opened_is_said(change, message, runs, tmp_pat
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(UserError, match=message):
+        open_model(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("value", [np.float32(1), np.zeros((0, 16), np.float32)], ids=["a number", "no rows"])
+def test_an_adapter_without_vectors_is_said(value, runs, tmp_path):
+    export(runs("text", "prompt"), tmp_path / "adapter", adapter=True)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({**load_file(file), "prompt_embeddings": np.asarray(value)}, file)
+    with pytest.raises(
+        UserError, match=rf"prompt_embeddings is {re.escape(str(list(np.shape(value))))}, which holds"
+    ):
         open_model(str(tmp_path / "adapter"))
 
 
@@ -911,7 +926,13 @@ def test_an_adapter_for_another_kind_of_model_is_said(runs, base, tmp_path):
         ("text", {"peft": {"method": "lora", "targets": ["qery"]}}, "peft.targets: regex 'qery' matches no layer; the nearest are"),
         ("text", {"model": {"train": "head"}, "optim": {"layer_decay": 0.8}}, "optim.layer-decay 0.8 is for the layers below the head"),
         ("text", {"model": {"train": "head"}, "optim": {"unfreeze_every": 5}}, "optim.unfreeze-every 5 is for the layers below the head"),
-        ("text", {"model": {"frozen_dtype": "bfloat16"}}, "model.frozen-dtype bfloat16 is for frozen parameters, and all are trained"),
+        ("text", {"model": {"frozen_dtype": "bfloat16"}}, "model.frozen-dtype bfloat16 is for frozen matrices, and all are trained"),
+        ("text", {"model": {"frozen_dtype": "bfloat16", "freeze": ["LayerNorm"]}}, "model.frozen-dtype bfloat16 is for frozen matrices, and all are trained"),
+        ("text", {"peft": {"method": "adalora"}, "model": {"freeze": ["layer/0/.*lora_e"]}}, "lora_e and not the others of its layer (lora_a, lora_e, lora_b), which peft.method adalora prunes together"),
+        ("text", {"peft": {"method": "adalora"}, "optim": {"unfreeze_every": 3}}, "peft.method adalora and optim.unfreeze-every 3 exclude each other"),
+        ("text", {"peft": {"method": "prefix"}, "optim": {"layer_decay": 0.8}}, "optim.layer-decay 0.8 is for layers below the head, and all 3 tensors that are trained, such as "),
+        ("text", {"peft": {"method": "prefix"}, "optim": {"unfreeze_every": 2}}, "optim.unfreeze-every 2 is for layers below the head"),
+        ("text", {"peft": {"method": "prefix"}, "model": {"attention": "splash", "hf_config": {**tiny.FIELDS, "attention_probs_dropout_prob": 0.0}}}, "model.attention splash has no place for the keys of peft.method prefix; take auto"),
         ("text", {"peft": {"method": "prompt"}, "model": {"train": "norm"}}, "peft.method prompt and model.train norm exclude each other"),
         ("text", {"peft": {"method": "ia3", "feedforward": ["nonsense"]}}, "peft.feedforward: regex 'nonsense' matches no layer that peft.targets names"),
         ("text", {"peft": {"method": "ia3", "feedforward": ["("]}}, "peft.feedforward: regex '('"),
