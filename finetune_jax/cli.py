@@ -16,7 +16,7 @@ import tyro
 
 from finetune_jax.config import Config, Distributed, field_paths, load_recipe, load_saved, nearest
 from finetune_jax.errors import UserError
-from finetune_jax.storage import Folder, place
+from finetune_jax.storage import Folder, place, write_text
 
 _RULE = set(" -─╭╮╰╯")
 Overrides = Annotated[Config, tyro.conf.arg(name="")]
@@ -111,11 +111,7 @@ class Evaluate:
         config = self.overrides if known else None
         result = evaluate_and_try(self.model, config, self.split, self.step, options)
         print(result.report, file=sys.stderr)
-        text = json.dumps(result.metrics, indent=2) + "\n"
-        if output is None:
-            sys.stdout.write(text)
-        else:
-            output.write_text(text, encoding="utf-8")
+        write(output, json.dumps(result.metrics, indent=2) + "\n")
         return 0
 
 
@@ -161,12 +157,13 @@ class Predict:
         else:
             opened = members(models, step=self.step)
             first = [next(opened)]  # before the input is read: a wrong model is said at once
+
+            def each():
+                yield first.pop()  # one is in memory at a time: a chain would keep this one
+                yield from opened
+
             predict_file(
-                self.input,
-                output,
-                lambda rows, at: predict_together(
-                    itertools.chain((first.pop(),), opened), rows, places=at, **options
-                ),
+                self.input, output, lambda rows, at: predict_together(each(), rows, places=at, **options)
             )
         return 0
 
@@ -256,7 +253,7 @@ class Plan:
         found = plan(self.overrides, self.target, self.batch_size, workload)
         print("\n\n".join(report(estimate, tried) for estimate, tried in found))
         if output is not None:
-            output.write_text(as_json(found), encoding="utf-8")
+            write(output, as_json(found))
         return 0 if all(estimate.fits for estimate, _ in found) else 3
 
 
@@ -476,6 +473,21 @@ def writable(output: str) -> Path | None:
             f"output {output} cannot be written: {path.parent if not path.is_dir() else path} is no folder for it"
         )
     return path
+
+
+def write(output: Path | None, text: str) -> None:
+    """To the file, whole or not at all, or to standard output.
+
+    Raises:
+        UserError: There is no room for it.
+    """
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        write_text(output, text)
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror}; name another place") from error
 
 
 def check_names(words: list[str], known: list[str]) -> None:

@@ -176,13 +176,23 @@ def open_splits(
             raise UserError(f"{models[0]} is not a run folder: say which data with --config")
         config = load_saved(path / CONFIG_FILE)
     records = None
-    for job, weights in members(models, step=step, max_length=config.data.max_length, mesh=config.mesh):
+    for job, weights in members(
+        models, step=step, max_length=_asked_length(models[0], config), mesh=config.mesh
+    ):
         if TASKS[config.task.name] is not type(job.task):
             raise UserError(
                 f"{models[0]} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
             )
         records = records_of(config, job, split) if records is None else records
         yield Opened(job, weights, records, config)
+        del weights  # before the next model's are placed
+
+
+def _asked_length(model: str, config: Config) -> int | None:
+    """The config's data.max-length; None where it is the (first) run's own, and each run reads as far as it learned to."""
+    path = storage.place(model)
+    own = load_saved(path / CONFIG_FILE).data.max_length if is_run(path) else None
+    return None if config.data.max_length == own else config.data.max_length
 
 
 def records_of(config: Config, job: Job, split: str) -> Records:

@@ -68,6 +68,8 @@ def range_test(
     config, folder = validate(config), place(workdir)
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a run folder; name another --workdir for what the test writes")
+    if jax.process_index() == 0:
+        make(folder)  # that there is no room for it is known before the test
     use_cache(cache_root(config.data))
     # Features that are computed in each step are those that would be kept.
     model = dataclasses.replace(config.model, cache_features=False)
@@ -101,7 +103,6 @@ def range_test(
             break
     found = summary(rates, losses)
     if jax.process_index() == 0:
-        make(folder)
         write_json(folder / JSON_FILE, found)
         _draw(pyplot, found, folder / PICTURE_FILE)
     return found

@@ -188,15 +188,14 @@ def under_synonyms(
 
 
 def with_noise(record: Mapping[str, Any], kind: str, rate: float, seed: int) -> dict[str, Any]:
-    """A record with typos, or with words in another order; tags go with their words."""
+    """A record with typos, or with words in another order; of words with tags only those of one tag change places."""
     if "tokens" not in record:
         changed = {n: in_text(record[n], rate, seed, NOISE[kind]) for n in TEXTS if n in record}
         return {**record, **changed}
     words = list(record["tokens"])
     if kind == "typos":
         return {**record, "tokens": typos(words, rate, seed)}
-    order = word_order(words, rate, seed)
-    return {**record, **{name: [record[name][index] for index in order] for name in ("tokens", "tags")}}
+    return {**record, "tokens": [words[index] for index in word_order(words, rate, seed, record["tags"])]}
 
 
 def table(rows: Mapping[str, Mapping[str, float]], radius: str, steps: int) -> str:

@@ -124,10 +124,7 @@ def open_run_folder(config: Config, run: Folder, job: Job, source: Source, shape
     """
     first = jax.process_index() == 0
     if first:
-        try:
-            storage.make(run)
-        except OSError as error:
-            raise UserError(f"{run} cannot be made: {error.strerror}; name another --workdir") from error
+        storage.make(run)
     try:
         with storage.hold(run) if first else contextlib.nullcontext():
             if (run / MANIFEST_FILE).is_file():

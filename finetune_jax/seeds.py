@@ -61,18 +61,30 @@ def train_seeds(
         run = f"{workdir}/seed-{seed}"
         one = dataclasses.replace(config, seed=seed)
         try:
-            results[seed] = train(one, run, devices=devices, stop_at=stop_at, allow_change=allow_change)
+            result = train(one, run, devices=devices, stop_at=stop_at, allow_change=allow_change)
+            results[seed] = result
+            if odd := _not_finite(result):
+                raise Diverged(f"{odd} is not finite; lower optim.learning-rate in a new --workdir")
         except Diverged as error:
-            if len(results) == count - 1 and not any(results.values()):
+            results[seed] = None
+            if len(results) == count and not any(results.values()):
                 raise  # there is nothing to tell of any
             say(f"seed {seed}: {error}")
-            results[seed] = None
     summary = summarise(results)
     say(table(summary))
     if jax.process_index() == 0:
         make(folder)
         write_json(folder / SEEDS_FILE, summary)
     return summary
+
+
+def _not_finite(result: Mapping[str, Any]) -> str | None:
+    """A figure of a run that has ended which no mean can be taken of; None where there is none."""
+    for split, figures in result["metrics"].items():
+        for name, value in figures.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"the {name} of {split}"
+    return None
 
 
 def check_one_run(workdir: str | os.PathLike[str]) -> None:

@@ -74,9 +74,17 @@ def in_bucket(path: Folder) -> bool:
 
 
 def make(folder: Folder) -> None:
-    """With its parents. A bucket has no folders, and is never made here."""
-    if not in_bucket(folder):
+    """With its parents. A bucket has no folders, and is never made here.
+
+    Raises:
+        UserError: There is no room for it.
+    """
+    if in_bucket(folder):
+        return
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}; name another --workdir") from error
 
 
 def files_under(folder: Folder) -> dict[str, Folder]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from finetune_jax import metrics
+from finetune_jax import metrics, signals
 from finetune_jax.checkpoint import DIRECTORY, Checkpoints, one_line, runs_in
 from finetune_jax.config import Config, field_paths, from_dict, nearest, run_file, to_dict
 from finetune_jax.errors import UserError
@@ -23,8 +23,8 @@ from finetune_jax.writers import say
 
 STUDY_FILE, SUMMARY_FILE = "study.db", "sweep.json"
 _NAME = "sweep"
-_TRIES = "tries"
-"""Attribute of a trial: how often it was begun, without those that a signal ended."""
+_IN_VAIN = "in vain"
+"""Attribute of a trial: how often an error or the system ended it. A signal that somebody sent does not count."""
 _AS_JSON = ("model.hf-config",)
 """Fields that are one word on the command line although they hold several."""
 _REFUSED = 10
@@ -47,9 +47,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Train with values that a tree-structured Parzen estimator chooses (Bergstra et al. 2011), up to `trials` in all.
 
-    A trial ends early where an evaluation is worse than the median of the others' best at that step. Once one was measured, a trial
-    whose values are refused has failed, as one that diverges or does not fit into memory; several in a row end the sweep. Of the
-    trials that are done only the best one keeps its checkpoints.
+    A trial ends early where its best is worse than the median of what the others had when as large a share of their training was
+    done. Once one was measured, a trial whose values are refused has failed, as one that diverges or does not fit into memory;
+    several in a row end the sweep. Of the trials that are done only the best one keeps its checkpoints.
 
     Args:
         config: The recipe that the values change.
@@ -63,8 +63,8 @@ def sweep(
         What sweep.json holds: metric, best trial, all trials.
 
     Raises:
-        UserError: The space, its values or the folder cannot be used, Optuna is missing, or what `train` says of a trial: the
-            same command tries that one again, once where it had saved nothing.
+        UserError: The space, its values or the folder cannot be used, Optuna is missing, all trials failed, or what `train` says of
+            a trial: the same command tries that one again, once where it had saved nothing.
         Stopped: The same command goes on with the trial that was on.
     """
     optuna = _optuna()
@@ -91,30 +91,31 @@ def sweep(
         refused = 0
         while begun or len(study.get_trials(deepcopy=False)) < trials:
             trial = begun.pop(0) if begun else study.ask()
-            run, tries = folder / f"trial-{trial.number}", trial.user_attrs.get(_TRIES, 0)
-            if tries > 1 and not Checkpoints(run).steps():  # killed, by the system where its memory ran out
-                say(f"trial {trial.number} was begun {tries} times and has saved nothing")
-                study.tell(trial, state=states.FAIL)
-                continue
+            run, is_on = folder / f"trial-{trial.number}", folder / f"trial-{trial.number}.is-on"
+            if is_on.exists():  # killed, by the system where its memory ran out
+                remove(is_on)
+                if _is_in_vain(trial, run):
+                    say(f"trial {trial.number} came to nothing twice and has saved nothing")
+                    study.tell(trial, state=states.FAIL)
+                    continue
             values = suggested(suggest, trial, space)
             say(f"trial {trial.number}, {trial.number + 1} of {trials}: {_words(values)}")
             own = None
             try:
                 own = applied(config, values, space)
-                trial.set_user_attr(_TRIES, tries + 1)
-                result = train(own, run, devices=devices, stop_at=stop_at, on_evaluation=_asked(study, trial))
+                with signals.scratch(Path(is_on)):
+                    make(is_on)
+                    asked = _asked(study, trial)
+                    result = train(own, run, devices=devices, stop_at=stop_at, on_evaluation=asked)
             except Pruned:
                 study.tell(trial, state=states.PRUNED)
             except Stopped:
-                trial.set_user_attr(_TRIES, tries)
                 raise
             except Refused as error:
                 refused += 1
                 goes_on = refused < _REFUSED and _has_measured(study)
-                if goes_on or own is None:
+                if goes_on or own is None or _is_in_vain(trial, run):
                     study.tell(trial, state=states.FAIL)
-                else:
-                    _leave(study, trial, run, states)
                 if not goes_on:
                     raise
                 say(f"trial {trial.number}: {error}")
@@ -127,16 +128,22 @@ def sweep(
                     say(f"trial {trial.number} takes more memory than there is: {one_line(error)}")
                     study.tell(trial, state=states.FAIL)
                 else:
-                    _leave(study, trial, run, states)
+                    if _is_in_vain(trial, run):
+                        study.tell(trial, state=states.FAIL)
                     raise
             else:
                 trial.set_user_attr("words", _words(values))
                 study.tell(trial, result["metrics"]["validation"][metric])
             refused = 0
             _keep_the_best(study, folder, states)
+        _keep_the_best(study, folder, states)  # where a kill came between the last trial and this
         summary = _summary(study, metric, states)
         write_json(folder / SUMMARY_FILE, summary)
     say(_told(summary))
+    if all(row["state"] == "fail" for row in summary["trials"]):
+        raise UserError(
+            f"all {len(summary['trials'])} trials of {folder} failed, as said above; change the recipe or the space"
+        )
     return summary
 
 
@@ -144,16 +151,22 @@ def _open_study(optuna: Any, config: Config, metric: str, folder: Folder) -> Any
     """The study of the folder, made if it is not there.
 
     Raises:
-        UserError: It was begun with another recipe.
+        UserError: It cannot be opened, or was begun with another recipe.
     """
     direction = "maximize" if metrics.LARGER_IS_BETTER.get(metric, True) else "minimize"
-    study = optuna.create_study(
-        storage=f"sqlite:///{Path(folder).resolve() / STUDY_FILE}",
-        study_name=_NAME,
-        direction=direction,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=_FIRST_TRIALS),
-        load_if_exists=True,
-    )
+    file = Path(folder).resolve() / STUDY_FILE
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{file}",
+            study_name=_NAME,
+            direction=direction,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=_FIRST_TRIALS),
+            load_if_exists=True,
+        )
+    except Exception as error:  # of Optuna, of its database, of its driver
+        raise UserError(
+            f"{file} cannot be opened as a study: {one_line(error)}; name a new --workdir"
+        ) from error
     if study.direction.name.lower() != direction:  # Optuna keeps the one that it was made with
         raise UserError(
             f"{folder} was begun with another evaluation.metric than {metric}; change it back, or name a new --workdir"
@@ -166,13 +179,20 @@ def _open_study(optuna: Any, config: Config, metric: str, folder: Folder) -> Any
 
 
 def _asked(study: Any, trial: Any) -> OnEvaluation:
-    """Tells the study of a trial's evaluations, and answers whether it is hopeless."""
+    """Tells the study of a trial's evaluations, and answers whether it is hopeless.
+
+    Optuna compares what was told of equal steps. Steps of ours are not equal where trials differ in batch size or epochs: it is told
+    of per cents of the training, at each the newest evaluation.
+    """
     told = dict(study.trials[trial.number].intermediate_values)
 
-    def is_hopeless(step: int, value: float) -> bool:
-        if step not in told:  # a trial that goes on may measure a step again
-            trial.report(value, step)
-            told[step] = value
+    def is_hopeless(share: float, value: float) -> bool:
+        now = round(100 * share)
+        for at in range(
+            max(told, default=now - 1) + 1, now + 1
+        ):  # a trial that goes on may measure a step again
+            told[at] = value if at == now else told[at - 1]
+            trial.report(told[at], at)
         return trial.should_prune()
 
     return is_hopeless
@@ -184,12 +204,13 @@ def _is_out_of_memory(error: Exception) -> bool:
     return xla or isinstance(error, MemoryError)
 
 
-def _leave(study: Any, trial: Any, run: Folder, states: Any) -> None:
+def _is_in_vain(trial: Any, run: Folder) -> bool:
     """After an error the same command tries a trial's values again: a disk may have been full, or the recipe wrong. What came to
     nothing twice has failed; it would stand before all other trials for ever.
     """
-    if trial.user_attrs[_TRIES] > 1 and not Checkpoints(run).steps():
-        study.tell(trial, state=states.FAIL)
+    times = trial.user_attrs.get(_IN_VAIN, 0) + 1
+    trial.set_user_attr(_IN_VAIN, times)
+    return times > 1 and not Checkpoints(run).steps()
 
 
 def _has_measured(study: Any) -> bool:

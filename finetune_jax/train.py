@@ -88,8 +88,8 @@ class Refused(UserError):
     """What is asked for cannot be done: nothing of the run has begun."""
 
 
-OnEvaluation = Callable[[int, float], bool]
-"""(step, value of the deciding metric on validation) -> whether the run is to end."""
+OnEvaluation = Callable[[float, float], bool]
+"""(share of the updates that are done, value of the deciding metric on validation) -> whether the run is to end."""
 
 
 def train(
@@ -484,7 +484,7 @@ class Validation:
                 f" ({setup.config.optim.warmup_ratio:g}), or try another seed ({setup.config.seed})"
             )
         if self._on_evaluation is not None:
-            self.is_hopeless = self._on_evaluation(step, value)
+            self.is_hopeless = self._on_evaluation(step / setup.total_steps, value)
         if updates_done(state) < setup.updates.decides_from:
             return
         better = metrics.is_better(setup.metric, value, progress.best_value)

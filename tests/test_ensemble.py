@@ -1,7 +1,10 @@
 """Several models as one, against NumPy; one model is what it was; adapters that share a model."""
 
 import dataclasses
+import gc
 import json
+import shutil
+import weakref
 from pathlib import Path
 
 import jax
@@ -10,6 +13,7 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
+import finetune_jax.ensemble as module
 from finetune_jax import cli
 from finetune_jax import train as loop
 from finetune_jax.config import PeftConfig
@@ -123,6 +127,65 @@ def test_models_of_another_kind_are_refused(runs, tmp_path, capsys):
         cli.main(["predict", "--model", *runs("text"), runs("image")[0], "--input", str(lines_of(tmp_path))])
     assert stop.value.code == 2
     assert "all must be of one kind" in capsys.readouterr().err
+
+
+def test_other_labels_and_other_inputs_are_refused(runs, tmp_path):
+    """The same numbers would mean other things: scores would be added to those of other classes, or of other word pieces."""
+    first = runs("text")[0]
+    for name in ("labels", "words"):
+        shutil.copytree(first, tmp_path / name)
+    file = tmp_path / "labels/model/config.json"
+    fields = json.loads(file.read_text())
+    assert fields["id2label"] == {"0": "no", "1": "yes"}
+    file.write_text(
+        json.dumps({**fields, "id2label": {"0": "yes", "1": "no"}, "label2id": {"yes": 0, "no": 1}})
+    )
+    with pytest.raises(UserError, match=r"labels has the labels \('yes', 'no'\), .* has \('no', 'yes'\)"):
+        list(members([first, str(tmp_path / "labels")]))
+    file = tmp_path / "words/model/tokenizer.json"
+    file.write_text(file.read_text().replace('"cat":', '"cot":'))
+    with pytest.raises(UserError, match="words has the tokenizer or image processor"):
+        list(members([first, str(tmp_path / "words")]))
+
+
+def test_each_run_reads_as_far_as_it_learned_to(runs, tmp_path, monkeypatch):
+    """`evaluate` as `predict`: texts are cut where each run cut them, unless a config says where."""
+    config = config_of("text", tmp_path, steps=2)
+    short = replace(config, data=replace(config.data, max_length=8))
+    loop.train(short, tmp_path / "short", devices=jax.devices()[ONE])
+    models, asked = [str(tmp_path / "short"), runs("text")[0]], []
+    real = module.open_model
+
+    def spy(model, **options):
+        job, weights = real(model, **options)
+        asked.append(job.task.max_length)
+        return job, weights
+
+    monkeypatch.setattr(module, "open_model", spy)
+    one, other = evaluate_model(models, short, "test"), evaluate_model(models, None, "test")
+    assert asked == [8, 32, 8, 32]
+    assert one.metrics == other.metrics
+    evaluate_model(models, replace(short, data=replace(short.data, max_length=16)), "test")
+    assert asked[4:] == [16, 16]
+
+
+def test_one_model_is_in_memory_at_a_time(runs, monkeypatch, capsys, tmp_path):
+    """The weights of the first are gone when the second's are made."""
+    real, alive = module.open_model, []
+
+    def spy(model, **options):
+        gc.collect()
+        assert not any(reference() is not None for reference in alive)
+        job, weights = real(model, **options)
+        alive.extend(weakref.ref(leaf) for leaf in weights.values())
+        return job, weights
+
+    monkeypatch.setattr(module, "open_model", spy)
+    evaluate_model(runs("text"), None, "test")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["predict", "--model", *runs("text"), "--input", str(lines_of(tmp_path))])
+    assert stop.value.code == 0
+    assert len(alive) == 4 * len(real(runs("text")[0])[1])
 
 
 def lines_of(folder, rows=None):

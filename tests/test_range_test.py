@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import finetune_jax.range_test as module
 from finetune_jax import cli
+from finetune_jax.errors import UserError
 from finetune_jax.range_test import range_test, smoothed, summary, told
 from tests.tiny import config_of
 
@@ -65,6 +67,13 @@ def test_a_run_of_it(tmp_path, capsys):
     assert pixels.shape[1] == 840
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10, "something is drawn"
     assert not (tmp_path / "w/checkpoints").exists()
+
+
+def test_a_place_that_cannot_be_is_known_before(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(module, "prepare", None)  # nothing is prepared
+    with pytest.raises(UserError, match=r"cannot be made: File exists; name another --workdir"):
+        range_test(config_of("text", tmp_path), tmp_path / "file")
 
 
 def test_features_that_would_be_kept_change_nothing(tmp_path):

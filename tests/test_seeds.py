@@ -64,6 +64,20 @@ def test_the_other_seeds_are_told_where_one_diverges(tmp_path, monkeypatch, caps
         train_seeds(config, tmp_path / "all", 3, devices=devices)
 
 
+def test_a_run_whose_figures_are_not_finite_has_diverged(tmp_path, monkeypatch, capsys):
+    """It ended before so many updates were skipped that it would have been ended."""
+    config = config_of("text", tmp_path, steps=4)
+    optim = dataclasses.replace(config.optim, name="sgd", learning_rate=1e30, warmup_ratio=0.0)
+    wild = dataclasses.replace(config, optim=optim)
+    with pytest.raises(loop.Diverged, match=r"the loss of \w+ is not finite; lower optim.learning-rate"):
+        train_seeds(wild, tmp_path / "all", 2, devices=jax.devices()[ONE])
+    real = module.train
+    monkeypatch.setattr(module, "train", lambda own, *a, **k: real(own if own.seed else wild, *a, **k))
+    found = train_seeds(config, tmp_path / "one", 2, devices=jax.devices()[ONE])
+    assert (found["diverged"], list(found["metrics"]["test"]["loss"]["by_seed"])) == ([0], ["1"])
+    assert "seed 0: the loss of" in capsys.readouterr().err
+
+
 def test_seeds_are_plain_runs_and_go_on_where_they_were(tmp_path):
     config = dataclasses.replace(config_of("text", tmp_path, steps=3), seed=4)
     devices = jax.devices()[ONE]

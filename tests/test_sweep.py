@@ -5,6 +5,8 @@ import json
 import math
 import shlex
 import signal
+import subprocess
+import sys
 
 import jax
 import optuna
@@ -89,13 +91,13 @@ def test_hopeless_trials_end_early(tmp_path, monkeypatch):
 def test_a_run_is_asked_and_ends(tmp_path):
     config, asked = config_of("text", tmp_path, epochs=3), []
 
-    def ask(step, value):
-        asked.append((step, value))
+    def ask(share, value):
+        asked.append((share, value))
         return len(asked) == 2
 
     with pytest.raises(loop.Pruned):
         loop.train(config, tmp_path / "run", devices=jax.devices()[ONE], on_evaluation=ask)
-    assert [step for step, _ in asked] == [4, 8]
+    assert [share for share, _ in asked] == [4 / 12, 8 / 12]
     assert saved(tmp_path / "run")[0] == 8
     result = loop.train(config, tmp_path / "run", devices=jax.devices()[ONE])
     whole = loop.train(config, tmp_path / "whole", devices=jax.devices()[ONE])
@@ -149,21 +151,91 @@ def test_a_trial_that_an_error_ends_is_tried_again(begins, second, tmp_path, mon
     assert [row["state"] for row in found["trials"]] == ["complete" if begins else "fail", "complete"]
 
 
-def test_a_trial_that_is_killed_twice_has_failed(tmp_path, monkeypatch):
-    """By the system, where memory ran out: nobody is left to say so."""
+KILLED = """
+import os, pathlib, signal, sys, time
+from finetune_jax import signals, sweep
+from tests.tiny import config_of
 
-    def kill(*args, **options):
-        raise SystemExit(137)  # is no Exception: nothing of the sweep hears of it
+folder = pathlib.Path(sys.argv[1])
+for number in map(int, sys.argv[2:]):
+    child = os.fork()
+    if not child:
+        signals.install()
+        sweep.train = lambda *args, **options: os.kill(os.getpid(), number) or time.sleep(60)
+        sweep.sweep(config_of("text", folder, steps=2), folder / "space.py", folder / "w", 2)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
+
+@pytest.mark.parametrize(
+    ("number", "first"), [(signal.SIGKILL, "fail"), (signal.SIGTERM, "complete")], ids=["killed", "asked"]
+)
+def test_a_trial_that_is_killed_twice_has_failed(number, first, tmp_path):
+    """By the system, where memory ran out: nobody is left to say so. One that somebody asked to end, before it had anything to
+    save, has not.
+    """
+    space(tmp_path)
+    words = [str(tmp_path), *[str(int(number))] * 3][: 3 if first == "fail" else 4]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, *words], capture_output=True, text=True, check=True
+    )
+    ended = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[number]
+    assert run.stdout.split() == [str(int(ended))] * len(words[1:]), run.stderr
+    assert states(tmp_path / "w") == ["RUNNING"]
+    assert (tmp_path / "w/trial-0.is-on").exists() == (first == "fail")
+    config = config_of("text", tmp_path, steps=2)
+    found = sweep(config, tmp_path / "space.py", tmp_path / "w", 2, devices=jax.devices()[ONE])
+    assert [row["state"] for row in found["trials"]] == [first, "complete"]
+    assert not list((tmp_path / "w").glob("*.is-on"))
+
+
+def told_trials(folder, curves, monkeypatch):
+    """States of trials whose evaluations are these, (share of the training, accuracy) each."""
+
+    def follow(own, run, *, on_evaluation, **options):
+        curve = curves[int(run.name.removeprefix("trial-"))]
+        for share, value in curve:
+            if on_evaluation(share, value):
+                raise loop.Pruned(1, 143)
+        return {"metrics": {"validation": {"accuracy": curve[-1][1]}}}
+
+    monkeypatch.setattr(module, "train", follow)
+    found = sweep(config_of("text", folder), space(folder), folder / "w", len(curves))
+    return [row["state"] for row in found["trials"]]
+
+
+def test_trials_are_compared_by_the_share_of_training(tmp_path, monkeypatch):
+    """Optuna's own medians. Five trials first; then one as good at the same share, however often it is evaluated, one that is worse
+    than the median there, and one that was good before.
+    """
+    usual = [(1 / 3, 0.5), (2 / 3, 0.7), (1.0, 0.8)]
+    often = [(share / 10, 0.4 + share / 20) for share in range(1, 11)]
+    worse = [(1 / 3, 0.5), (2 / 3, 0.6), (1.0, 0.9)]
+    early = [(0.34, 0.75), (2 / 3, 0.6), (1.0, 0.9)]
+    found = told_trials(tmp_path, [*[usual] * 5, often, worse, early], monkeypatch)
+    assert found == [*["complete"] * 6, "pruned", "complete"]
+
+
+def test_what_a_kill_left_is_cleared(tmp_path, monkeypatch):
     config, devices = config_of("text", tmp_path, steps=2), jax.devices()[ONE]
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "train", kill)
-            with pytest.raises(SystemExit):
-                sweep(config, space(tmp_path), tmp_path / "w", 2, devices=devices)
-        assert states(tmp_path / "w") == ["RUNNING"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_keep_the_best", lambda *_: None)
+        sweep(config, space(tmp_path), tmp_path / "w", 2, devices=devices)
+    assert len(list((tmp_path / "w").glob("*/checkpoints"))) == 2
     found = sweep(config, tmp_path / "space.py", tmp_path / "w", 2, devices=devices)
-    assert [row["state"] for row in found["trials"]] == ["fail", "complete"]
+    (kept,) = (tmp_path / "w").glob("*/checkpoints")
+    assert kept.parent.name == f"trial-{found['best']['trial']}"
+
+
+def test_a_study_that_cannot_be_opened_is_one_line(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/study.db").write_text("no database")
+    with pytest.raises(UserError, match=r"study.db cannot be opened as a study: .*; name a new --workdir"):
+        sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "w", 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/w cannot be made: Not a directory; name another --workdir"):
+        sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "file/w", 1)
 
 
 def test_a_recipe_may_be_valid_with_a_trials_values_only(tmp_path):
@@ -177,11 +249,16 @@ def test_a_recipe_may_be_valid_with_a_trials_values_only(tmp_path):
 def test_what_does_not_fit_into_memory_fails_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore.")
     failing(monkeypatch, MemoryError())
-    sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "python", 1)
+    with pytest.raises(
+        UserError, match=r"all 1 trials of .* failed, as said above; change the recipe or the"
+    ):
+        sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "python", 1)
     assert "trial 0 takes more memory than there is: MemoryError\n" in capsys.readouterr().err
     failing(monkeypatch, error)
-    found = sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "w", 2)
-    assert [row["state"] for row in found["trials"]] == ["fail", "fail"]
+    with pytest.raises(UserError, match="all 2 trials of"):
+        sweep(config_of("text", tmp_path), space(tmp_path), tmp_path / "w", 2)
+    assert states(tmp_path / "w") == ["FAIL", "FAIL"]
+    assert json.loads((tmp_path / "w/sweep.json").read_text())["best"] is None
     assert (
         "trial 0 takes more memory than there is: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n"
         in (capsys.readouterr().err)
@@ -255,7 +332,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
 def test_a_signal_wins_over_the_pruner(tmp_path):
     """What is asked to end while it prunes a trial ends, and does not begin the next one."""
 
-    def ask(step, value):
+    def ask(share, value):
         signal.raise_signal(signal.SIGTERM)
         return True
 

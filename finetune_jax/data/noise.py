@@ -7,6 +7,7 @@ other words other noise. Rate and seed say nothing of what is right for a task: 
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -86,16 +87,17 @@ def make_typo(word: str, kind: str, place: int, key: str = "") -> str:
     return before + (key.upper() if letter.isupper() else key) + after
 
 
-def word_order(words: Sequence[str], rate: float, seed: int) -> np.ndarray:
+def word_order(words: Sequence[str], rate: float, seed: int, tags: Sequence[Any] | None = None) -> np.ndarray:
     """int [number of words]: which word comes at each place, where a word changes places with its right neighbour.
 
-    From left to right: with probability `rate`, unless its left neighbour has just come to its place. For tags to follow words.
+    From left to right: with probability `rate`, unless its left neighbour has just come to its place, or the two have other tags:
+    what is right of the text stays right, where B-loc I-loc the other way round would be no entity.
     """
     rng = _generator(words, seed)
     order = np.arange(len(words))
     place = 0
     while place + 1 < len(words):
-        if rng.random() < rate:
+        if rng.random() < rate and (tags is None or tags[place] == tags[place + 1]):
             order[[place, place + 1]] = order[[place + 1, place]]
             place += 1
         place += 1

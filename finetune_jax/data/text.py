@@ -219,8 +219,10 @@ class TextFeatures:
     def _of(self, where: Placement, flat: np.ndarray) -> Pieces:
         """The pieces of a batch, as `words.py` sees them."""
         segment = np.repeat(where.segment, self.lengths[where.segment])
-        first = self.words[flat] >= 0 if self.words.size else None
-        return Pieces(self.input_ids[flat], flat, segment, self.token_type_ids[flat], first)
+        types = self.token_type_ids[flat]
+        if not self.words.size:
+            return Pieces(self.input_ids[flat], flat, segment, types, None)
+        return Pieces(self.input_ids[flat], flat, segment, types, self.words[flat] >= 0, self.labels[flat])
 
     def all_pieces(self) -> Pieces:
         """Those of the whole split."""

@@ -81,6 +81,8 @@ class Pieces:
     """1 in the second text of a pair."""
     first: np.ndarray | None
     """bool: begins a word; None where the vocabulary says so (sequence tasks)."""
+    tag: np.ndarray | None = None
+    """Of the token tasks; words of two tags do not change places."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class WordAugmentation:
         beside = right == left + words.length[:-1]
         for of_text in (pieces.segment, pieces.types):
             beside &= of_text[left] == of_text[right]
+        if pieces.tag is not None:  # of B-loc I-loc the other way round would be no entity
+            beside &= pieces.tag[left] == pieces.tag[right]
         wish = beside & (self._draw(epoch, SWAP, number[:-1]) < self.config.word_swap)
         # Of wishes in a row the first, third, fifth ... come true: each other word has just been moved by its left neighbour.
         place = np.arange(len(wish))

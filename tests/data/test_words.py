@@ -122,6 +122,8 @@ def by_hand(features, augmentation, segment, epoch):
     while at + 1 < len(order):
         one, two = order[at], order[at + 1]
         beside = two[0] == one[-1] + 1 and types[one[0]] == types[two[0]]
+        if features.words.size:
+            beside = beside and features.labels[begin + one[0]] == features.labels[begin + two[0]]
         if beside and draw(SWAP, one) < config.word_swap:
             order[at], order[at + 1] = two, one
             at += 1
