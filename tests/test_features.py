@@ -12,7 +12,17 @@ from finetune_jax import train as loop
 from finetune_jax.cli import main
 from finetune_jax.config import Config, to_dict
 from finetune_jax.evaluate import Forward
-from tests.tiny import FIELDS, image_config, rows, text_config, write_conll, write_images, write_texts
+from tests.tiny import (
+    FIELDS,
+    assert_same_bits,
+    image_config,
+    rows,
+    saved,
+    text_config,
+    write_conll,
+    write_images,
+    write_texts,
+)
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.3}
 
@@ -62,14 +72,16 @@ def test_it_is_the_run_without_the_cache(kind, tmp_path, monkeypatch):
     assert sum(name != "CachedFeatures" for name in examples) == 3, examples
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
-    config = head_only("text", tmp_path)
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_a_stopped_run_goes_on_bit_for_bit(kind, tmp_path):
+    config = head_only(kind, tmp_path)
     loop.train(config, tmp_path / "whole", devices=jax.devices()[:1])
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "parts", devices=jax.devices()[:1], stop_at=3)
     loop.train(config, tmp_path / "parts", devices=jax.devices()[:1])
     whole, parts = ((tmp_path / run / "metrics.jsonl").read_bytes() for run in ("whole", "parts"))
     assert whole == parts
+    assert_same_bits(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from finetune_jax import train as loop
 from finetune_jax.config import PeftConfig
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import evaluate_model
-from finetune_jax.hf.files import Tensors
 from finetune_jax.opening import open_model
 from finetune_jax.peft.install import merged
 from finetune_jax.soup import pick, soup
@@ -37,15 +36,33 @@ def runs(tmp_path_factory):
     return found
 
 
+def assert_mean(folder, plain):
+    """Every tensor of the folder, running averages too."""
+    _, found = open_model(str(folder))
+    assert found.keys() == plain[0].keys()
+    for path, value in found.items():
+        expected = np.mean([np.asarray(flat[path], np.float64) for flat in plain], 0)
+        np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=path)
+    assert any(not np.allclose(value, plain[0][path], atol=1e-4) for path, value in found.items())
+
+
+def test_running_averages_are_averaged(tmp_path):
+    config = config_of("image", tmp_path, steps=3)
+    runs = [str(tmp_path / f"run-{seed}") for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        loop.train(replace(config, seed=seed), run, devices=jax.devices()[ONE])
+    soup(runs, tmp_path / "out")
+    plain = [open_model(run)[1] for run in runs]
+    assert any(path.endswith("/mean") for path in plain[0])
+    assert_mean(tmp_path / "out", plain)
+
+
 def test_the_mean_is_the_mean(runs, tmp_path):
     result = soup(runs, tmp_path / "out")
     assert result["chosen"] == runs
     opened = [open_model(run) for run in runs]
     plain = [merged(weights, job.peft) for job, weights in opened]
-    path = "bert/encoder/layer/0/attention/self/query/kernel"
-    with Tensors(tmp_path / "out", "model.safetensors") as tensors:
-        found = tensors["bert.encoder.layer.0.attention.self.query.weight"].T
-    np.testing.assert_allclose(found, np.mean([flat[path] for flat in plain], 0), atol=1e-7)
+    assert_mean(tmp_path / "out", plain)
     _, loading = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
@@ -75,6 +92,14 @@ def test_the_command(runs, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "out")
     job, _ = open_model(str(tmp_path / "out"))
     assert job.peft.method == "none"
+    opened = {run: open_model(run) for run in runs}
+    result = soup(runs, tmp_path / "again", greedy=True)
+    assert result["value"] >= max(result["candidates"].values())
+    chosen = [merged(weights, own.peft) for own, weights in (opened[run] for run in result["chosen"])]
+    for folder in ("out", "again"):
+        _, found = open_model(str(tmp_path / folder))
+        for path, value in found.items():
+            np.testing.assert_allclose(value, np.mean([flat[path] for flat in chosen], 0), atol=1e-6)
 
 
 def test_what_makes_no_soup_is_said(runs, tmp_path):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from finetune_jax import train as loop
@@ -184,6 +185,18 @@ def test_r_drop_is_torchs(problem):
         log_p, log_q, reduction="sum", log_target=True
     )
     np.testing.assert_allclose(total, float(losses + 0.8 / 4 * both), rtol=1e-5)
+
+
+def test_random_starts_are_uniform():
+    """Both ways up to radius / sqrt(numbers of the example), or up to the radius at each pixel value."""
+    segments = np.repeat([[1], [0]], [90, 10], axis=0)[:, 0][None].repeat(4, 0)
+    batch = {"segment_ids": jnp.asarray(segments), "input_ids": jnp.zeros((4, 100), jnp.int32)}
+    words = np.asarray(WordOffsets(64, 2.0, 1.0, WORDS).start(batch, jax.random.key(0)))
+    assert not words[segments == 0].any()
+    pixels = {"pixels": jnp.full((4, 32, 32, 3), 128, jnp.uint8)}
+    levels = np.asarray(PixelOffsets(8 / 255, 1 / 255).start(pixels, jax.random.key(0)))
+    for found, limit in ((words[segments > 0], 2.0 / np.sqrt(90 * 64)), (levels, 8 / 255)):
+        assert scipy.stats.kstest(found.ravel(), scipy.stats.uniform(-limit, 2 * limit).cdf).pvalue > 0.01
 
 
 def test_pixels_stay_in_the_ball_and_in_the_image():

@@ -30,14 +30,16 @@ from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
 from finetune_jax.models.bert import BertConfig, Output
-from finetune_jax.models.layers import Conv, Linear
+from finetune_jax.models.layers import FLOAT32, Conv, Linear
+from finetune_jax.models.resnet import ConvLayer
 from finetune_jax.opening import open_adapters, open_model
 from finetune_jax.peft.adalora import budget, layers_of, orthogonality, pruned
-from finetune_jax.peft.bottleneck import HoulsbyOutput, PfeifferOutput
+from finetune_jax.peft.bottleneck import AdapterConvLayer, HoulsbyOutput, PfeifferOutput
 from finetune_jax.peft.dora import DoraLinear
 from finetune_jax.peft.ia3 import Ia3Linear
 from finetune_jax.peft.install import is_added, merged
 from finetune_jax.peft.lora import LoraConv, LoraLinear
+from finetune_jax.peft.prompt import Prefix
 from finetune_jax.plan import Subject
 from finetune_jax.predict import predict
 from finetune_jax.step import make_forward, make_train_step
@@ -210,6 +212,53 @@ def test_bottlenecks_are_their_equations(kind):
     inside = dense if kind is HoulsbyOutput else norm(dense + residual)
     expected = norm(dense + through(inside) + residual)
     np.testing.assert_allclose(layer(jnp.asarray(x), jnp.asarray(residual), None), expected, atol=1e-5)
+
+
+def test_a_bottleneck_of_a_convolution_is_torchs():
+    """x + conv1x1(relu(conv1x1(x))), x what the layer gives (arXiv:1705.08045)."""
+    rng = np.random.default_rng(0)
+    base = ConvLayer(3, 6, 3, 1, "relu", compute=FLOAT32, rngs=nnx.Rngs(0))
+    layer = AdapterConvLayer(base, 2, "relu", nnx.Rngs(1))
+    x = values(rng, 2, 5, 5, 3)
+    inside = base(jnp.asarray(x), None, False)
+    np.testing.assert_array_equal(layer(jnp.asarray(x), None, False), inside, "it starts as the layer")
+    given = {}
+    for name in ("down", "down_bias", "up", "up_bias"):
+        value = getattr(layer, f"adapter_{name}")
+        value[...] = jnp.asarray(values(rng, *value.shape))
+        given[name] = torch.tensor(np.array(value[...]))
+    inside = torch.tensor(np.array(inside)).permute(0, 3, 1, 2)
+    conv = torch.nn.functional.conv2d
+    narrow = torch.relu(conv(inside, given["down"].T[:, :, None, None], given["down_bias"]))
+    expected = inside + conv(narrow, given["up"].T[:, :, None, None], given["up_bias"])
+    found = layer(jnp.asarray(x), None, False)
+    np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), atol=1e-5)
+
+
+def test_a_prefix_through_a_layer_is_pefts():
+    """The numbers of peft's own encoder with our weights (arXiv:2101.00190, section 4.3)."""
+    prefix = Prefix(5, 2, 4, 3, 0.02, nnx.Rngs(0))
+    rng, ours = np.random.default_rng(0), {}
+    for name in ("table", "in", "in_bias", "out", "out_bias"):
+        value = getattr(prefix, f"prefix_{name}")
+        value[...] = jnp.asarray(values(rng, *value.shape))
+        ours[name] = torch.tensor(np.array(value[...]))
+    encoder = peft.PrefixEncoder(
+        peft.PrefixTuningConfig(
+            num_virtual_tokens=5, token_dim=4, num_layers=2, encoder_hidden_size=3, prefix_projection=True
+        )
+    )
+    names = (
+        "embedding.weight",
+        "transform.0.weight",
+        "transform.0.bias",
+        "transform.2.weight",
+        "transform.2.bias",
+    )
+    given = (ours["table"], ours["in"].T, ours["in_bias"], ours["out"].T, ours["out_bias"])
+    encoder.load_state_dict(dict(zip(names, given, strict=True)))
+    theirs = encoder(torch.arange(5)).detach().reshape(5, 2, 2, 4)  # P x T x (key, value) x D
+    np.testing.assert_allclose(prefix(), theirs.transpose(0, 1), atol=1e-5)
 
 
 def test_the_budget_falls_along_a_cubic_curve():
@@ -996,6 +1045,7 @@ def test_last_layers_start_anew(kind, layers, base, tmp_path):
     ):
         loop.prepare(replace(config, model=still), one)
     loop.prepare(replace(config, model=replace(still, freeze=("embedder|embeddings",))), one)
+    tiny.assert_resumes(replace(anew, train=replace(anew.train, steps=4)), tmp_path)
 
 
 def test_frozen_matrices_may_be_bfloat16(base, tmp_path):
