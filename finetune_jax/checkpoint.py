@@ -45,7 +45,7 @@ class Progress:
     best_step: int | None = None
     best_value: float | None = None
     metric: str | None = None
-    """Of which that is the value."""
+    """Whose value `best_value` is; None in checkpoints of before it was kept."""
     stale: int = 0
     """Evaluations in a row without a better value."""
     unevaluated: bool = False

@@ -16,7 +16,7 @@ import tyro
 
 from finetune_jax.config import Config, Distributed, field_paths, load_recipe, load_saved, nearest
 from finetune_jax.errors import UserError
-from finetune_jax.storage import Folder, place, write_text
+from finetune_jax.storage import Folder, place, write_output
 
 _RULE = set(" -─╭╮╰╯")
 Overrides = Annotated[Config, tyro.conf.arg(name="")]
@@ -111,7 +111,7 @@ class Evaluate:
         config = self.overrides if known else None
         result = evaluate_and_try(self.model, config, self.split, self.step, options)
         print(result.report, file=sys.stderr)
-        write(output, json.dumps(result.metrics, indent=2) + "\n")
+        write_output(output, json.dumps(result.metrics, indent=2) + "\n")
         return 0
 
 
@@ -253,7 +253,7 @@ class Plan:
         found = plan(self.overrides, self.target, self.batch_size, workload)
         print("\n\n".join(report(estimate, tried) for estimate, tried in found))
         if output is not None:
-            write(output, as_json(found))
+            write_output(output, as_json(found))
         return 0 if all(estimate.fits for estimate, _ in found) else 3
 
 
@@ -473,21 +473,6 @@ def writable(output: str) -> Path | None:
             f"output {output} cannot be written: {path.parent if not path.is_dir() else path} is no folder for it"
         )
     return path
-
-
-def write(output: Path | None, text: str) -> None:
-    """To the file, whole or not at all, or to standard output.
-
-    Raises:
-        UserError: There is no room for it.
-    """
-    if output is None:
-        sys.stdout.write(text)
-        return
-    try:
-        write_text(output, text)
-    except OSError as error:
-        raise UserError(f"output {output} cannot be written: {error.strerror}; name another place") from error
 
 
 def check_names(words: list[str], known: list[str]) -> None:

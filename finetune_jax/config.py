@@ -243,7 +243,7 @@ class TextConfig:
     word_dropout: float = 0.0
     """Probability that a word is replaced by [MASK], all its pieces; by [UNK] where the vocabulary has no [MASK]."""
     word_swap: float = 0.0
-    """Probability that a word changes places with its right neighbour, unless its left one has just come there; of words with tags, with one of the same tag only: entities stay what they are."""
+    """Probability that a word changes places with its right neighbour, unless its left one has just come there; in a token task only if both have the tag O, where there is one, else tags move along."""
     synonyms: float = 0.0
     """Probability that a word of one piece is replaced by one of those that `masked_lm` finds likeliest in its place; tags other than O keep their words."""
     synonym_candidates: int = 10

@@ -317,7 +317,10 @@ def task_from_config(
         values["tokenizer"] = tokenizer
         if tokenizer is not None and varies(config.data.text):
             vocabulary = Vocabulary.of(tokenizer.backend, tokenizer.unknown_id, ids.stop)
-            values["augmentation"] = WordAugmentation(config.data.text, vocabulary, config.seed)
+            outside = labels.index("O") if labels and "O" in labels else None
+            values["augmentation"] = WordAugmentation(
+                config.data.text, vocabulary, config.seed, outside=outside
+            )
     else:
         channels = model_config.num_channels
         values |= {
@@ -367,8 +370,13 @@ def _processor(config: Config, checkpoint: Checkpoint | None, channels: int) -> 
 
 def overruled_pixels(image: ImageConfig, processor: ImageProcessor, channels: int) -> list[str]:
     """Fields of data.image that are set and say something else than the checkpoint's own processor, which is used."""
+
+    def cropping(of: ImageProcessor) -> Any:
+        return of.type, of.crop_pct, of.crop and round(of.crop / of.edge, 3)
+
     asked = ImageProcessor.from_config(image, channels)
-    return [
+    crops = image.crop_pct != ImageConfig.crop_pct and cropping(asked) != cropping(processor)
+    return ["crop-pct"] * crops + [
         name
         for name in ("size", "resample", "mean", "std")
         if getattr(image, name) != getattr(ImageConfig, name)
@@ -463,10 +471,11 @@ def _check_triplets(is_frozen: Mapping[str, bool]) -> None:
         UserError: Of a layer's vectors and values (arXiv:2303.10512, eq. 3), which are pruned together, some are trained alone.
     """
     for layer in layers_of(is_frozen):
-        held = [f"{layer}/{name}" for name in PARTS if is_frozen[f"{layer}/{name}"]]
+        held = [name for name in PARTS if is_frozen[f"{layer}/{name}"]]
         if held and len(held) < len(PARTS):
+            rest = [name for name in PARTS if name not in held]
             raise UserError(
-                f"model.freeze freezes {held[0]} and not the others of its layer ({', '.join(PARTS)}), which peft.method adalora prunes"
+                f"model.freeze freezes {' and '.join(held)} of {layer} and not {' and '.join(rest)}, which peft.method adalora prunes"
                 " together; freeze all of them, or none"
             )
 

@@ -135,7 +135,6 @@ def validate(config: Config) -> Config:
     _check_adversarial(config.methods)
     _check_peft(config)
     _check_optimizer(config.optim)
-    _check_paces(config)
     _check_reinit(config)
     _check_places(config)
     if config.train.batch_size % config.train.accumulation:
@@ -470,22 +469,6 @@ def _check_optimizer(optim: OptimConfig) -> None:
     _check_others(optim, OptimConfig(), OPTIM_FIELDS, "optim", "name")
     if optim.nesterov and not optim.momentum:
         raise UserError("optim.nesterov looks ahead along optim.momentum, which is 0; leave one of them out")
-
-
-def _check_paces(config: Config) -> None:
-    """
-    Raises:
-        UserError: Rates of layers that are not trained.
-    """
-    optim = config.optim
-    for name, is_set in (
-        (f"optim.layer-decay {optim.layer_decay:g}", optim.layer_decay != 1),
-        (f"optim.unfreeze-every {optim.unfreeze_every}", optim.unfreeze_every is not None),
-    ):
-        if is_set and config.model.train == "head":
-            raise UserError(
-                f"{name} is for the layers below the head, which model.train head freezes; leave one of them out"
-            )
 
 
 def _check_reinit(config: Config) -> None:

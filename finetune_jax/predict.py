@@ -1,7 +1,6 @@
 """JSON lines in, predictions out, in the input's order."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from finetune_jax.ensemble import averaged
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward
 from finetune_jax.job import Job
+from finetune_jax.storage import write_output
 from finetune_jax.tree import Flat
 
 
@@ -44,7 +44,7 @@ Answer = Callable[[list[dict[str, Any]], list[str]], list[dict[str, Any]]]
 def predict_file(source: str, output: Path | None, answer: Answer) -> int:
     """JSONL file (or - for standard input) to JSONL file (None: standard output); returns the number of lines.
 
-    A file is written beside its place and renamed, so that an error leaves what was there.
+    A file is written at once, so that an error leaves what was there.
     """
     if source == "-":
         pairs = list(read_lines(sys.stdin.buffer, "standard input"))
@@ -56,12 +56,7 @@ def predict_file(source: str, output: Path | None, answer: Answer) -> int:
             pairs = list(read_lines(stream, source))
     made = answer([row for _, row in pairs], [place for place, _ in pairs])
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        draft = output.with_name(output.name + ".draft")
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, output)
+    write_output(output, text)
     return len(made)
 
 

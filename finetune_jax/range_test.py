@@ -69,7 +69,7 @@ def range_test(
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a run folder; name another --workdir for what the test writes")
     if jax.process_index() == 0:
-        make(folder)  # that there is no room for it is known before the test
+        make(folder)  # that it cannot be made is known before the test
     use_cache(cache_root(config.data))
     # Features that are computed in each step are those that would be kept.
     model = dataclasses.replace(config.model, cache_features=False)

@@ -158,7 +158,11 @@ def under_noise(opened: Opened, options: Robustness) -> dict[tuple[str, float], 
     job = opened.job
     clean = list(opened.records)
     kinds = list(itertools.product(NOISE, options.rates))
-    noisy = [[with_noise(record, name, rate, options.seed) for record in clean] for name, rate in kinds]
+    labels = job.task.labels or ()
+    outside = labels.index("O") if "O" in labels else None
+    noisy = [
+        [with_noise(record, name, rate, options.seed, outside) for record in clean] for name, rate in kinds
+    ]
     splits = [job.task.examples(Lines(records), train=False) for records in noisy]
     together = job.task.examples(Lines(itertools.chain.from_iterable(noisy)), train=False)
     logits, _ = opened.forward(together).outputs(opened.weights)
@@ -187,15 +191,21 @@ def under_synonyms(
     return found
 
 
-def with_noise(record: Mapping[str, Any], kind: str, rate: float, seed: int) -> dict[str, Any]:
-    """A record with typos, or with words in another order; of words with tags only those of one tag change places."""
+def with_noise(
+    record: Mapping[str, Any], kind: str, rate: float, seed: int, outside: Any = None
+) -> dict[str, Any]:
+    """A record with typos, or with words in another order. With the tag of what is `outside` entities only words of it change places,
+    so that the true entities stay; without, tags go with their words.
+    """
     if "tokens" not in record:
         changed = {n: in_text(record[n], rate, seed, NOISE[kind]) for n in TEXTS if n in record}
         return {**record, **changed}
     words = list(record["tokens"])
     if kind == "typos":
         return {**record, "tokens": typos(words, rate, seed)}
-    return {**record, "tokens": [words[index] for index in word_order(words, rate, seed, record["tags"])]}
+    may_move = None if outside is None else [tag == outside for tag in record["tags"]]
+    order = word_order(words, rate, seed, may_move)
+    return {**record, **{name: [record[name][index] for index in order] for name in ("tokens", "tags")}}
 
 
 def table(rows: Mapping[str, Mapping[str, float]], radius: str, steps: int) -> str:

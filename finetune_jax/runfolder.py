@@ -82,6 +82,11 @@ def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] =
     old["optim.rates"], new["optim.rates"] = (
         " ".join(of.optim.rates) for of in (saved, config)
     )  # their order counts
+    if old["evaluation.metric"] != new["evaluation.metric"] and (run / RESULT_FILE).is_file():
+        was = old["evaluation.metric"] or "the task's own"
+        raise UserError(
+            f"{run} has ended, and its result was chosen by evaluation.metric {was}; change it back, or name a new --workdir"
+        )
     changed = [
         path
         for path in sorted(old.keys() | new.keys())

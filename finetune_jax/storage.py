@@ -77,7 +77,7 @@ def make(folder: Folder) -> None:
     """With its parents. A bucket has no folders, and is never made here.
 
     Raises:
-        UserError: There is no room for it.
+        UserError: It cannot be made.
     """
     if in_bucket(folder):
         return
@@ -108,11 +108,34 @@ def write_text(file: Folder, text: str) -> None:
         _bucket().pipe_file(str(file), text.encode())
         return
     draft = Path(file).with_name(f".{file.name}.draft")
-    with draft.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(draft, file)
+    try:
+        with draft.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(draft, file)
+    except OSError:
+        with contextlib.suppress(OSError):  # a name that is too long is no file
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def write_output(output: Path | None, text: str) -> None:
+    """What a command was asked for: all at once to a file; to a device or a pipe, or standard output (None), as it comes.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        if output.exists() and not output.is_file():
+            output.write_text(text, encoding="utf-8")
+        else:
+            write_text(output.resolve(), text)  # what a link names is written, the link stays
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror}; name another place") from error
 
 
 def write_json(file: Folder, values: Any) -> None:

@@ -24,7 +24,7 @@ from finetune_jax.writers import say
 STUDY_FILE, SUMMARY_FILE = "study.db", "sweep.json"
 _NAME = "sweep"
 _IN_VAIN = "in vain"
-"""Attribute of a trial: how often an error or the system ended it. A signal that somebody sent does not count."""
+"""Attribute of a trial: how often an error or the system ended it. SIGTERM and SIGINT do not count."""
 _AS_JSON = ("model.hf-config",)
 """Fields that are one word on the command line although they hold several."""
 _REFUSED = 10
@@ -91,11 +91,11 @@ def sweep(
         refused = 0
         while begun or len(study.get_trials(deepcopy=False)) < trials:
             trial = begun.pop(0) if begun else study.ask()
-            run, is_on = folder / f"trial-{trial.number}", folder / f"trial-{trial.number}.is-on"
-            if is_on.exists():  # killed, by the system where its memory ran out
-                remove(is_on)
-                if _is_in_vain(trial, run):
-                    say(f"trial {trial.number} came to nothing twice and has saved nothing")
+            run, marker = folder / f"trial-{trial.number}", folder / f"trial-{trial.number}.is-on"
+            if marker.exists():  # killed, by the system where its memory ran out
+                remove(marker)
+                if _count_in_vain(trial, run):
+                    say(f"trial {trial.number} was killed twice before it saved anything")
                     study.tell(trial, state=states.FAIL)
                     continue
             values = suggested(suggest, trial, space)
@@ -103,8 +103,8 @@ def sweep(
             own = None
             try:
                 own = applied(config, values, space)
-                with signals.scratch(Path(is_on)):
-                    make(is_on)
+                with signals.scratch(Path(marker)):
+                    make(marker)
                     asked = _asked(study, trial)
                     result = train(own, run, devices=devices, stop_at=stop_at, on_evaluation=asked)
             except Pruned:
@@ -114,7 +114,8 @@ def sweep(
             except Refused as error:
                 refused += 1
                 goes_on = refused < _REFUSED and _has_measured(study)
-                if goes_on or own is None or _is_in_vain(trial, run):
+                # Values that come to nothing with this recipe are kept for the next, once.
+                if goes_on or own is None or _count_in_vain(trial, run):
                     study.tell(trial, state=states.FAIL)
                 if not goes_on:
                     raise
@@ -128,7 +129,7 @@ def sweep(
                     say(f"trial {trial.number} takes more memory than there is: {one_line(error)}")
                     study.tell(trial, state=states.FAIL)
                 else:
-                    if _is_in_vain(trial, run):
+                    if _count_in_vain(trial, run):
                         study.tell(trial, state=states.FAIL)
                     raise
             else:
@@ -142,7 +143,7 @@ def sweep(
     say(_told(summary))
     if all(row["state"] == "fail" for row in summary["trials"]):
         raise UserError(
-            f"all {len(summary['trials'])} trials of {folder} failed, as said above; change the recipe or the space"
+            f"all {len(summary['trials'])} trials of {folder} failed; change the recipe or the space, and raise --trials or name a new --workdir"
         )
     return summary
 
@@ -182,17 +183,17 @@ def _asked(study: Any, trial: Any) -> OnEvaluation:
     """Tells the study of a trial's evaluations, and answers whether it is hopeless.
 
     Optuna compares what was told of equal steps. Steps of ours are not equal where trials differ in batch size or epochs: it is told
-    of per cents of the training, at each the newest evaluation.
+    of per cents of the training, at each the first evaluation that rounds to it, and in between the one before.
     """
     told = dict(study.trials[trial.number].intermediate_values)
 
     def is_hopeless(share: float, value: float) -> bool:
         now = round(100 * share)
-        for at in range(
-            max(told, default=now - 1) + 1, now + 1
-        ):  # a trial that goes on may measure a step again
-            told[at] = value if at == now else told[at - 1]
-            trial.report(told[at], at)
+        # A trial that goes on may measure again what it has told of.
+        first = max(told) + 1 if told else now
+        for percent in range(first, now + 1):
+            told[percent] = value if percent == now else told[percent - 1]
+            trial.report(told[percent], percent)
         return trial.should_prune()
 
     return is_hopeless
@@ -204,9 +205,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return xla or isinstance(error, MemoryError)
 
 
-def _is_in_vain(trial: Any, run: Folder) -> bool:
-    """After an error the same command tries a trial's values again: a disk may have been full, or the recipe wrong. What came to
-    nothing twice has failed; it would stand before all other trials for ever.
+def _count_in_vain(trial: Any, run: Folder) -> bool:
+    """Count that a trial came to nothing, and answer whether it has failed.
+
+    After an error the same command tries a trial's values again: a disk may have been full, or the recipe wrong. What came to nothing
+    twice has failed; it would stand before all other trials for ever.
     """
     times = trial.user_attrs.get(_IN_VAIN, 0) + 1
     trial.set_user_attr(_IN_VAIN, times)

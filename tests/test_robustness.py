@@ -132,8 +132,12 @@ def test_noise_goes_with_the_records(runs):
     opened = next_split(str(runs("token")), None, "test")
     record = {"tokens": ["ann", "sat", "in", "rome", "to"], "tags": [1, 0, 0, 2, 0]}
     swapped = with_noise(record, "word_order", 1.0, 0)
-    assert swapped["tokens"] == ["ann", "in", "sat", "rome", "to"], "words of one tag"
-    assert swapped["tags"] == record["tags"], "what is an entity stays one"
+    assert swapped["tokens"] == ["sat", "ann", "rome", "in", "to"]
+    assert swapped["tags"] == [0, 1, 2, 0, 0]
+    kept = with_noise(record, "word_order", 1.0, 0, outside=0)
+    assert (kept["tokens"], kept["tags"]) == (["ann", "in", "sat", "rome", "to"], record["tags"])
+    assert opened.job.task.labels is not None
+    outside = opened.job.task.labels.index("O")
     slips = with_noise(record, "typos", 1.0, 0)
     assert slips["tags"] == record["tags"]
     assert slips["tokens"] == typos(record["tokens"], 1.0, 0) != record["tokens"]
@@ -143,7 +147,7 @@ def test_noise_goes_with_the_records(runs):
     found = under_noise(opened, Robustness(True, rates=(0.2, 0.9)))
     assert list(found) == [(n, rate) for n in ("typos", "word_order") for rate in (0.2, 0.9)]
     for (name, rate), figures in found.items():  # each by itself is as all in one split
-        records = [with_noise(r, name, rate, 0) for r in opened.records]
+        records = [with_noise(r, name, rate, 0, outside) for r in opened.records]
         examples = opened.job.task.examples(Lines(records), train=False)
         if rate == 0.9:
             logits, _ = opened.forward(examples).outputs(opened.weights)

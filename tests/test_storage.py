@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -90,6 +91,26 @@ def test_both_kinds_of_folder_answer_alike(folder):
     storage.remove(folder / "deep")
     assert list(storage.files_under(folder)) == ["a.json"]
     storage.remove(folder / "deep")
+
+
+def test_results_go_where_they_are_asked_for(tmp_path):
+    """To a file at once, through a link, into a pipe; nothing is left of what cannot be written."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    storage.write_output(tmp_path / "link", "new")
+    assert ((tmp_path / "link").is_symlink(), (tmp_path / "file").read_text()) == (True, "new")
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        storage.write_output(tmp_path / "pipe", "through")
+        assert read.result() == "through"
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(UserError, match="cannot be written: File name too long; name another place"):
+        storage.write_output(tmp_path / ("x" * 300), "text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        storage.write_output(tmp_path / "folder", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link", "pipe"]
 
 
 def test_a_mirror_sends_what_has_changed(folder, monkeypatch):

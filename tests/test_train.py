@@ -188,7 +188,7 @@ def test_early_stopping_needs_what_it_asks(tmp_path, one_device):
         ("text", {"warmup_steps": 8}, "the warm-up takes 8 updates, more than there are: the rate ends at 0.0025 of 0.01"),
         ("text", {"unfreeze_every": 1}, "optim.unfreeze-every 1 leaves 5 tensors, such as bert/embeddings/"),
         ("text", {"warmup_steps": 2, "unfreeze_every": None}, None),
-        ("image", {}, "data.image.size and data.image.mean of the config are not used: the checkpoint brings its own"),
+        ("image", {}, "data.image.crop-pct and data.image.size and data.image.mean of the config are not used: the checkpoint brings its own"),
         ("image", {"is_same": True}, None),
     ],
 )  # fmt: skip
@@ -200,7 +200,7 @@ def test_what_comes_to_nothing_is_said(kind, change, said, tmp_path, one_device,
         model = replace(config.model, pretrained=str(tmp_path / "hf"), hf_config={})
         config = replace(config, model=model)
         if not change:
-            image = replace(config.data.image, size=24, mean=(0.1,))
+            image = replace(config.data.image, size=24, mean=(0.1,), crop_pct=0.5)
             config = replace(config, data=replace(config.data, image=image))
     else:
         optim = replace(config.optim, learning_rate=0.01, warmup_ratio=0.0, **change)
@@ -319,6 +319,10 @@ def test_another_metric_decides_anew(tmp_path, one_device, capsys):
     assert "evaluation.metric was accuracy: what was best by that is forgotten" in capsys.readouterr().err
     losses = {row["step"]: row["loss"] for row in rows(tmp_path / "run", "validation") if row["step"] > 2}
     assert result["best_step"] == min(losses, key=losses.__getitem__)
+    config = replace(config, evaluation=EvaluationConfig(every_steps=1, metric="f1_macro"))
+    with pytest.raises(UserError, match=r"has ended, and its result was chosen by evaluation.metric loss;"):
+        loop.train(config, tmp_path / "run", devices=one_device, allow_change=["evaluation.metric"])
+    assert json.loads((tmp_path / "run/config.json").read_text())["evaluation"]["metric"] == "loss"
 
 
 def test_best_checkpoint_stays(tmp_path, one_device):

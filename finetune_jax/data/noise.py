@@ -7,7 +7,6 @@ other words other noise. Rate and seed say nothing of what is right for a task: 
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -87,17 +86,18 @@ def make_typo(word: str, kind: str, place: int, key: str = "") -> str:
     return before + (key.upper() if letter.isupper() else key) + after
 
 
-def word_order(words: Sequence[str], rate: float, seed: int, tags: Sequence[Any] | None = None) -> np.ndarray:
+def word_order(
+    words: Sequence[str], rate: float, seed: int, may_move: Sequence[bool] | None = None
+) -> np.ndarray:
     """int [number of words]: which word comes at each place, where a word changes places with its right neighbour.
 
-    From left to right: with probability `rate`, unless its left neighbour has just come to its place, or the two have other tags:
-    what is right of the text stays right, where B-loc I-loc the other way round would be no entity.
+    From left to right: with probability `rate`, unless its left neighbour has just come to its place, or one of the two may not move.
     """
     rng = _generator(words, seed)
     order = np.arange(len(words))
     place = 0
     while place + 1 < len(words):
-        if rng.random() < rate and (tags is None or tags[place] == tags[place + 1]):
+        if rng.random() < rate and (may_move is None or (may_move[place] and may_move[place + 1])):
             order[[place, place + 1]] = order[[place + 1, place]]
             place += 1
         place += 1
@@ -122,4 +122,7 @@ def in_text(
 
 def _generator(words: Sequence[str], seed: int) -> np.random.Generator:
     digest = hashlib.sha256("\0".join(words).encode("utf-8", "surrogatepass")).digest()
-    return np.random.Generator(np.random.Philox(key=[seed, int.from_bytes(digest[:8], "little")]))
+    key = np.array(
+        [seed, int.from_bytes(digest[:8], "little")], np.uint64
+    )  # a list would be rounded to floats
+    return np.random.Generator(np.random.Philox(key=key))

@@ -82,7 +82,7 @@ class Pieces:
     first: np.ndarray | None
     """bool: begins a word; None where the vocabulary says so (sequence tasks)."""
     tag: np.ndarray | None = None
-    """Of the token tasks; words of two tags do not change places."""
+    """Of the token tasks, by number."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ class WordAugmentation:
     seed: int
     candidates: np.ndarray | None = None
     """int32 [P, k]: entries that may stand in the place of a piece, -1 after the last of them; for synonyms."""
+    outside: int | None = None
+    """Number of the tag O: words with others, which mark entities, do not change places. None: any do, and tags move along."""
 
     def __call__(self, pieces: Pieces, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Synonyms, then dropout, then swaps.
@@ -161,8 +163,8 @@ class WordAugmentation:
         beside = right == left + words.length[:-1]
         for of_text in (pieces.segment, pieces.types):
             beside &= of_text[left] == of_text[right]
-        if pieces.tag is not None:  # of B-loc I-loc the other way round would be no entity
-            beside &= pieces.tag[left] == pieces.tag[right]
+        if pieces.tag is not None and self.outside is not None:
+            beside &= (pieces.tag[left] == self.outside) & (pieces.tag[right] == self.outside)
         wish = beside & (self._draw(epoch, SWAP, number[:-1]) < self.config.word_swap)
         # Of wishes in a row the first, third, fifth ... come true: each other word has just been moved by its left neighbour.
         place = np.arange(len(wish))

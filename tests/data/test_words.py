@@ -123,7 +123,8 @@ def by_hand(features, augmentation, segment, epoch):
         one, two = order[at], order[at + 1]
         beside = two[0] == one[-1] + 1 and types[one[0]] == types[two[0]]
         if features.words.size:
-            beside = beside and features.labels[begin + one[0]] == features.labels[begin + two[0]]
+            tags = (features.labels[begin + one[0]], features.labels[begin + two[0]])
+            beside = beside and (augmentation.outside is None or set(tags) == {augmentation.outside})
         if beside and draw(SWAP, one) < config.word_swap:
             order[at], order[at + 1] = two, one
             at += 1
@@ -301,6 +302,21 @@ def test_an_example_is_the_same_in_any_batch(kind, tokenizer, vocabulary):
         np.testing.assert_array_equal(part["input_ids"], batch["input_ids"][mine])
     other = laid_out(features, range(len(features)), 5)
     assert (other["input_ids"] != whole["input_ids"]).any()
+
+
+@pytest.mark.parametrize("outside", [None, 3])
+def test_entities_stay_what_they_are(outside, tokenizer, vocabulary):
+    """Tags as before where one says what is outside of entities; without, they move along."""
+    plain = some_features(tokenizer, "token")  # of which 3 is the commonest
+    vary = WordAugmentation(TextConfig(word_swap=1.0), vocabulary, 0, outside=outside)
+    before, after = (
+        laid_out(split, range(len(plain)), 1) for split in (plain, replace(plain, augmentation=vary))
+    )
+    assert (before["input_ids"] != after["input_ids"]).any()
+    for labels, weights, others in zip(before["labels"], before["weights"], after["labels"], strict=True):
+        if outside is not None:
+            np.testing.assert_array_equal(labels[weights > 0], others[weights > 0])
+    assert (before["labels"] != after["labels"]).any() == (outside is None)
 
 
 def test_epoch_none_is_not_augmented(tokenizer, vocabulary):
