@@ -68,13 +68,13 @@ def range_test(
     config, folder = validate(config), place(workdir)
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a run folder; name another --workdir for what the test writes")
-    if jax.process_index() == 0:
-        make(folder)  # that it cannot be made is known before the test
     use_cache(cache_root(config.data))
     # Features that are computed in each step are those that would be kept.
     model = dataclasses.replace(config.model, cache_features=False)
     config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, steps=steps))
     setup = prepare(config, devices)
+    if jax.process_index() == 0:
+        make(folder)  # that it cannot be made is known before the test
 
     def schedule(count: Any) -> Any:
         return lowest * (highest / lowest) ** (count / (steps - 1))

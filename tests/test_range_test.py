@@ -71,7 +71,7 @@ def test_a_run_of_it(tmp_path, capsys):
 
 def test_a_place_that_cannot_be_is_known_before(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(module, "prepare", None)  # nothing is prepared
+    monkeypatch.setattr(module, "compile_all", None)  # nothing is begun
     with pytest.raises(UserError, match=r"cannot be made: File exists; name another --workdir"):
         range_test(config_of("text", tmp_path), tmp_path / "file")
 

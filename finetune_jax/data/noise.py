@@ -122,7 +122,6 @@ def in_text(
 
 def _generator(words: Sequence[str], seed: int) -> np.random.Generator:
     digest = hashlib.sha256("\0".join(words).encode("utf-8", "surrogatepass")).digest()
-    key = np.array(
-        [seed, int.from_bytes(digest[:8], "little")], np.uint64
-    )  # a list would be rounded to floats
+    # Left a list, the key would be rounded to floats.
+    key = np.array([seed, int.from_bytes(digest[:8], "little")], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
