@@ -301,7 +301,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind, name, tmp_path
     )
     setup = loop.prepare(config, jax.devices()[:1])
     task, steps = setup.job.task, 1 if name == "fgm" else 3
-    ball = FromWords(tiny.FIELDS["hidden_size"], 0.5, 0.3) if kind == "text" else PixelOffsets(0.1, 0.05)
+    words = FromWords(tiny.FIELDS["hidden_size"], 0.5, 0.3, tiny.FIELDS["vocab_size"])
+    ball = words if kind == "text" else PixelOffsets(0.1, 0.05)
     objective = {
         "fgm": Adversarial(task, ball, steps, random_start=False),
         "pgd": Adversarial(task, ball, steps, random_start=kind == "text"),
