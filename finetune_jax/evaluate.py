@@ -168,17 +168,18 @@ def open_splits(
     Raises:
         UserError: There is no such split, labels that a model does not know, or models of several kinds.
     """
+    path = storage.place(models[0])
+    own = load_saved(path / CONFIG_FILE) if is_run(path) else None
+    if config is None and runs_in(path):
+        raise not_a_run(path)
+    config = config or own
     if config is None:
-        path = storage.place(models[0])
-        if runs_in(path):
-            raise not_a_run(path)
-        if not is_run(path):
-            raise UserError(f"{models[0]} is not a run folder: say which data with --config")
-        config = load_saved(path / CONFIG_FILE)
+        raise UserError(f"{models[0]} is not a run folder: say which data with --config")
+    # Each run reads as far as it learned to, unless the config says something else than the first one's.
+    asked = config.data.max_length
+    max_length = None if own is not None and own.data.max_length == asked else asked
     records = None
-    for job, weights in members(
-        models, step=step, max_length=_asked_length(models[0], config), mesh=config.mesh
-    ):
+    for job, weights in members(models, step=step, max_length=max_length, mesh=config.mesh):
         if TASKS[config.task.name] is not type(job.task):
             raise UserError(
                 f"{models[0]} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
@@ -186,13 +187,6 @@ def open_splits(
         records = records_of(config, job, split) if records is None else records
         yield Opened(job, weights, records, config)
         del weights  # before the next model's are placed
-
-
-def _asked_length(model: str, config: Config) -> int | None:
-    """The config's data.max-length; None where it is the (first) run's own, and each run reads as far as it learned to."""
-    path = storage.place(model)
-    own = load_saved(path / CONFIG_FILE).data.max_length if is_run(path) else None
-    return None if config.data.max_length == own else config.data.max_length
 
 
 def records_of(config: Config, job: Job, split: str) -> Records:

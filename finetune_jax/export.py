@@ -18,7 +18,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES, export_tensors, load_params
 from finetune_jax.job import CONFIG_FILE, Job, is_run, open_pretrained, save_model_folder
-from finetune_jax.opening import is_adapter, open_model
+from finetune_jax.opening import open_model
 from finetune_jax.peft import hf_format, install
 from finetune_jax.peft.hf_format import adapter_files
 from finetune_jax.peft.selection import KINDS
@@ -57,13 +57,14 @@ def export(
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a new folder or remove it")
-    alone = is_adapter(run) and not is_run(run)
+    of_run = is_run(run)
+    alone = not of_run and hf_format.is_adapter(run)
     if alone and (adapter or step != "best"):
         option = "--adapter" if adapter else f"--step {step}"
         raise UserError(
             f"{run} is an adapter already, and no run; leave {option} out to merge it into its model"
         )
-    if not alone and not is_run(run):
+    if not of_run and not alone:
         raise not_a_run(run)
     number = None if alone else Checkpoints(run).choose(step)
     job, weights = open_model(str(run), step=step if number is None else str(number))

@@ -34,7 +34,7 @@ from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.paraphrase import add_paraphrases
 from finetune_jax.data.sources import Source, cache_root, load_source
 from finetune_jax.data.text import load_tokenizer
-from finetune_jax.data.words import Vocabulary, WordAugmentation, varies
+from finetune_jax.data.words import Vocabulary, WordAugmentation, outside_of, varies
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import (
@@ -193,7 +193,7 @@ def open_named(source: str, revision: str | None = None) -> Checkpoint:
         raise UserError(f"{source} is a run folder; finetune-jax export makes a Hugging Face folder of it")
     if runs_in(folder):
         raise not_a_run(folder)
-    if (folder / hf_format.CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors*")):
+    if hf_format.is_adapter(folder) and not any(folder.glob("model*.safetensors*")):
         raise UserError(
             f"{source} is an adapter, not a whole model; name the model that it is for, or what finetune-jax export makes of both"
         )
@@ -239,15 +239,17 @@ def job_from_config(
     """The job that a recipe describes, on all devices or those given."""
     model_config = parse_model(config.model, checkpoint)
     task = task_from_config(config, checkpoint, model_config, source.labels)
+    return job_of_task(config, task, model_config, checkpoint, devices)
+
+
+def job_of_task(
+    config: Config, task: Task, model_config: Any, checkpoint: Checkpoint | None, devices: Devices | None
+) -> Job:
+    """The same of a task and a model that are made already."""
     family, compute = config.model.family, compute_of(config.model)
     check_attention(config, model_config)
     attention = config.model.attention
     job = make_job(task, family, model_config, config.mesh, devices, compute, attention, config.peft)
-    return begun_from(job, checkpoint)
-
-
-def begun_from(job: Job, checkpoint: Checkpoint | None) -> Job:
-    """The job, knowing what its checkpoint lacks."""
     if checkpoint is None:
         return job
     return dataclasses.replace(job, untaught=untaught(checkpoint, job.own_weights))
@@ -317,9 +319,8 @@ def task_from_config(
         values["tokenizer"] = tokenizer
         if tokenizer is not None and varies(config.data.text):
             vocabulary = Vocabulary.of(tokenizer.backend, tokenizer.unknown_id, ids.stop)
-            outside = labels.index("O") if labels and "O" in labels else None
             values["augmentation"] = WordAugmentation(
-                config.data.text, vocabulary, config.seed, outside=outside
+                config.data.text, vocabulary, config.seed, outside=outside_of(labels)
             )
     else:
         channels = model_config.num_channels
@@ -376,7 +377,8 @@ def overruled_pixels(image: ImageConfig, processor: ImageProcessor, channels: in
 
     asked = ImageProcessor.from_config(image, channels)
     crops = image.crop_pct != ImageConfig.crop_pct and cropping(asked) != cropping(processor)
-    return ["crop-pct"] * crops + [
+    names = ["crop-pct"] if crops else []
+    return names + [
         name
         for name in ("size", "resample", "mean", "std")
         if getattr(image, name) != getattr(ImageConfig, name)

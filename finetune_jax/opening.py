@@ -57,7 +57,7 @@ def open_model(
     if storage.in_bucket(path) and not run:
         raise UserError(f"{model} is not a run folder; copy another kind of model to this machine first")
     adapter = None
-    if not run and is_adapter(path):
+    if not run and hf_format.is_adapter(path):
         adapter, checkpoint = open_adapter(Path(path))
     else:
         checkpoint = (
@@ -84,11 +84,6 @@ def open_model(
     return job, initial_weights(job.parts, job.shardings, 0, loaded.params)
 
 
-def is_adapter(folder: storage.Folder) -> bool:
-    """Whether it holds an adapter by itself, as `peft` and `export --adapter` write it."""
-    return (folder / hf_format.CONFIG_FILE).is_file()
-
-
 def open_adapters(
     model: str, folders: Mapping[str, str], *, mesh: MeshConfig | None = None
 ) -> dict[str, tuple[Job, Flat]]:
@@ -110,7 +105,7 @@ def open_adapters(
     found: dict[str, tuple[Job, Flat]] = {}
     shared: Flat = {}
     for name, folder in folders.items():
-        if not is_adapter(Path(folder)):
+        if not hf_format.is_adapter(Path(folder)):
             raise UserError(
                 f"adapter {name}: {folder} has no {hf_format.CONFIG_FILE}; name what export --adapter wrote"
             )

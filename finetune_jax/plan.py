@@ -31,10 +31,8 @@ from finetune_jax.job import (
     FAMILIES,
     Job,
     abstract_state_of,
-    begun_from,
     cached_width,
-    check_attention,
-    compute_of,
+    job_of_task,
     make_job,
     make_updates,
     open_pretrained,
@@ -254,19 +252,7 @@ class Subject:
 
     def train_step(self, config: Config, devices: list[Any]) -> "Lowered":
         """The recipe's train step, as it is or with other knobs, ready to compile."""
-        family, compute = config.model.family, compute_of(config.model)
-        check_attention(config, self.model_config)
-        job = make_job(
-            self.task,
-            family,
-            self.model_config,
-            config.mesh,
-            devices,
-            compute,
-            config.model.attention,
-            config.peft,
-        )
-        job = begun_from(job, self.checkpoint)
+        job = job_of_task(config, self.task, self.model_config, self.checkpoint, devices)
         parts = batch_parts(job.mesh) * config.train.accumulation
         batching, longest = config.data.batching, self.task.row_length
         shape = train_shape(self.data, config.train.batch_size, longest, batching, parts)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from finetune_jax.config import Config
 from finetune_jax.data.noise import in_text, swap_words, typos, word_order
+from finetune_jax.data.words import outside_of
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Opened, evaluate, evaluate_model, open_splits
 from finetune_jax.job import make_ball
@@ -158,8 +159,7 @@ def under_noise(opened: Opened, options: Robustness) -> dict[tuple[str, float], 
     job = opened.job
     clean = list(opened.records)
     kinds = list(itertools.product(NOISE, options.rates))
-    labels = job.task.labels or ()
-    outside = labels.index("O") if "O" in labels else None
+    outside = outside_of(job.task.labels)
     noisy = [
         [with_noise(record, name, rate, options.seed, outside) for record in clean] for name, rate in kinds
     ]

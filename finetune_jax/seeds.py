@@ -62,9 +62,9 @@ def train_seeds(
         one = dataclasses.replace(config, seed=seed)
         try:
             result = train(one, run, devices=devices, stop_at=stop_at, allow_change=allow_change)
-            results[seed] = result
             if odd := _not_finite(result):
                 raise Diverged(f"{odd} is not finite; lower optim.learning-rate in a new --workdir")
+            results[seed] = result
         except Diverged as error:
             results[seed] = None
             if len(results) == count and not any(results.values()):

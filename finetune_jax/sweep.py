@@ -91,7 +91,8 @@ def sweep(
         refused = 0
         while begun or len(study.get_trials(deepcopy=False)) < trials:
             trial = begun.pop(0) if begun else study.ask()
-            run, marker = folder / f"trial-{trial.number}", folder / f"trial-{trial.number}.is-on"
+            run = folder / f"trial-{trial.number}"
+            marker = run.with_name(f"{run.name}.is-on")
             if marker.exists():  # killed, by the system where its memory ran out
                 remove(marker)
                 if _count_in_vain(trial, run):

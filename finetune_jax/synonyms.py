@@ -26,7 +26,7 @@ from finetune_jax.data.packing import positions
 from finetune_jax.data.pipeline import Batches, evaluation_shape
 from finetune_jax.data.sources import Source, cache_root
 from finetune_jax.data.text import TextFeatures, TextTokenizer, load_tokenizer
-from finetune_jax.data.words import Vocabulary, WordAugmentation, find_words
+from finetune_jax.data.words import Vocabulary, WordAugmentation, find_words, outside_of
 from finetune_jax.errors import UserError
 from finetune_jax.hf.files import WEIGHTS, Tensors
 from finetune_jax.hf.pretrained import Checkpoint, load_params, open_checkpoint, parse_config
@@ -215,7 +215,8 @@ def replaceable(features: TextFeatures, vocabulary: Vocabulary, labels: Sequence
     found = np.zeros(len(pieces.ids), bool)
     found[single] = vocabulary.whole[pieces.ids[single]]
     if features.words.size:
-        found &= np.asarray(features.labels) == (labels.index("O") if "O" in labels else -1)
+        outside = outside_of(labels)
+        found &= np.asarray(features.labels) == (-1 if outside is None else outside)
     return found
 
 

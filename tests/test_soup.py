@@ -13,6 +13,7 @@ from finetune_jax import train as loop
 from finetune_jax.config import PeftConfig
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import evaluate_model
+from finetune_jax.hf.files import Tensors
 from finetune_jax.opening import open_model
 from finetune_jax.peft.install import merged
 from finetune_jax.soup import pick, soup
@@ -62,6 +63,10 @@ def test_the_mean_is_the_mean(runs, tmp_path):
     assert result["chosen"] == runs
     opened = [open_model(run) for run in runs]
     plain = [merged(weights, job.peft) for job, weights in opened]
+    path = "bert/encoder/layer/0/attention/self/query/kernel"
+    with Tensors(tmp_path / "out", "model.safetensors") as tensors:
+        found = tensors["bert.encoder.layer.0.attention.self.query.weight"].T
+    np.testing.assert_allclose(found, np.mean([flat[path] for flat in plain], 0), atol=1e-7)
     assert_mean(tmp_path / "out", plain)
     _, loading = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True

@@ -33,10 +33,7 @@ WIDTH, WORDS = tiny.FIELDS["hidden_size"], tiny.FIELDS["vocab_size"]
 
 def changed(config, change):
     """The config with some fields of its parts other ones."""
-    fields = to_dict(config)
-    for part, values in change.items():
-        fields[part] |= values
-    return from_dict(fields, "here")
+    return from_dict(tiny.changed_fields(config, change), "here")
 
 
 def weights_of(run):

@@ -184,11 +184,17 @@ def config_of(kind: str, folder: Path, **train: Any) -> Config:
     return text_config(write_texts(folder / "texts"), **train)
 
 
-def train_with(config: Config, change: dict[str, dict[str, Any]], folder: Path) -> int:
-    """Exit code of the train command on a recipe in which some fields are others."""
+def changed_fields(config: Config, change: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a recipe in which some are others, good or not."""
     fields = to_dict(config)
     for part, values in change.items():
         fields[part] |= values
+    return fields
+
+
+def train_with(config: Config, change: dict[str, dict[str, Any]], folder: Path) -> int:
+    """Exit code of the train command on a recipe in which some fields are others."""
+    fields = changed_fields(config, change)
     recipe = folder / "recipe.py"
     lines = (
         "from finetune_jax.config import from_dict",

@@ -6,6 +6,7 @@ batch, W words of a batch, k candidates.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +108,11 @@ def find_words(pieces: Pieces, vocabulary: Vocabulary) -> Words:
     of = np.where(inside, np.cumsum(begins) - 1, -1)
     start = np.flatnonzero(begins)
     return Words(start, np.bincount(of[inside], minlength=len(start)), of)
+
+
+def outside_of(labels: Sequence[str] | None) -> int | None:
+    """Number of the tag O, of words outside of entities; None where there is none."""
+    return labels.index("O") if labels and "O" in labels else None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from finetune_jax.peft.adalora import phases, rank_pattern
 from finetune_jax.peft.install import ADDED, NOWHERE, WORDS, adapted, lengths, scales_input
 from finetune_jax.peft.prompt import numbers
 from finetune_jax.seal import digest_array
+from finetune_jax.storage import Folder
 from finetune_jax.tree import Flat
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -87,6 +88,11 @@ class Adapter:
                 height, width, c_in, _ = kernel.shape  # AdaLoRA's of a convolution are flat there
                 found[path] = value.reshape(c_in, height, width, -1).transpose(1, 2, 0, 3)
         return found
+
+
+def is_adapter(folder: Folder) -> bool:
+    """Whether it holds an adapter by itself, as `peft` and we write it."""
+    return (folder / CONFIG_FILE).is_file()
 
 
 def digest_of(base: Mapping[str, np.ndarray]) -> str:

@@ -93,7 +93,8 @@ def test_a_run_goes_on_from_another_file_but_not_with_other_paraphrases(function
     config = with_function(config, f"{moved}:shout")
     with pytest.raises(UserError, match=r"or say --allow-change data\.text\.paraphrase"):
         loop.train(config, run, devices=devices)
-    loop.train(config, run, devices=devices, allow_change=["data.text.paraphrase"])
+    result = loop.train(config, run, devices=devices, allow_change=["data.text.paraphrase"])
+    assert result["steps"] == 2
     loop.train(config, tmp_path / "whole", devices=devices)
     assert_same_bits(saved(tmp_path / "whole"), saved(run))
 

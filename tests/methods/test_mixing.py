@@ -89,6 +89,9 @@ def test_cutmix_cuts_one_box():
         np.testing.assert_array_equal(1 - image, np.outer(height, width))
         for side in (height, width):
             assert np.abs(np.diff(side.astype(int))).sum() <= 2, "one stretch"
+    areas = 1 - share[:500].mean(axis=(1, 2))
+    assert areas.min() == 0
+    assert areas.max() > 0.6
     both = np.asarray(Mixing(1.0, 1.0).share(batch, jax.random.key(1)))[:500]
     is_box = np.isin(both, (0.0, 1.0)).all(axis=(1, 2, 3))
     assert 200 < is_box.sum() < 300
