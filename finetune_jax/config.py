@@ -306,6 +306,16 @@ class DataConfig:
     """Where prepared data and token caches live; None: $FINETUNE_JAX_CACHE, else ~/.cache/finetune_jax."""
 
 
+DATA_FIELDS: dict[str, tuple[str, ...]] = {
+    "name": ("tfds", "support_desk"),
+    "path": ("tfds", "files"),
+    "format": ("files",),
+    "bad_records": ("files",),
+    "max_bad_records": ("files",),
+}
+"""The sources that a field of `DataConfig` is for; those that are not here are for all."""
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """How parameters move."""

@@ -5,9 +5,11 @@ from functools import reduce
 from typing import Any
 
 from finetune_jax.config import (
+    DATA_FIELDS,
     OPTIM_FIELDS,
     PEFT_FIELDS,
     Config,
+    DataConfig,
     ImageConfig,
     MethodsConfig,
     OptimConfig,
@@ -206,9 +208,9 @@ def _check_family(config: Config) -> None:
 def _check_places(config: Config) -> None:
     """
     Raises:
-        UserError: Fields of a checkpoint or of a place of data that is not named.
+        UserError: Fields of a checkpoint that is not named, of another source of data, or of a drawing that there is not.
     """
-    model, data = config.model, config.data
+    model, data, default = config.model, config.data, DataConfig()
     for name, is_set in (
         (f"reinit-layers {model.reinit_layers}", model.reinit_layers),
         (f"revision {model.revision}", model.revision is not None),
@@ -217,14 +219,17 @@ def _check_places(config: Config) -> None:
             raise UserError(
                 f"model.{name} is of a checkpoint, and model.pretrained names none; set it, or leave both out"
             )
-    for name, value, sources in (
-        ("name", data.name or None, ("tfds", "support_desk")),
-        ("path", data.path, ("tfds", "files")),
-    ):
-        if value is not None and data.source not in sources:
-            raise UserError(
-                f"data.{name} {value} is for data.source {' and '.join(sources)}, data.source is {data.source}; leave one of them out"
-            )
+    _check_others(data, default, DATA_FIELDS, "data", "source")
+    if data.max_bad_records != default.max_bad_records and data.bad_records == "fail":
+        raise UserError(
+            f"data.max-bad-records {data.max_bad_records} is for data.bad-records skip; set that, or leave it out"
+        )
+    drawn = (data.validation_fraction, data.test_fraction, data.max_train_examples)
+    if data.split_seed != default.split_seed and not any(drawn):
+        raise UserError(
+            f"data.split-seed {data.split_seed} is for what is drawn, and data.validation-fraction, test-fraction and max-train-examples"
+            " draw nothing; set one, or leave it out"
+        )
 
 
 def _check_augmentation(config: Config) -> None:
@@ -454,9 +459,11 @@ def _check_others(
     """
     chosen = getattr(given, choice)
     for name, choices in fields.items():
-        if getattr(given, name) != getattr(default, name) and chosen not in choices:
+        value = getattr(given, name)
+        if value != getattr(default, name) and chosen not in choices:
+            shown = " ".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
             raise UserError(
-                f"{place}.{name.replace('_', '-')} is for {' and '.join(choices)}, {place}.{choice} is {chosen};"
+                f"{place}.{name.replace('_', '-')} {shown} is for {' and '.join(choices)}, {place}.{choice} is {chosen};"
                 " leave one of them out"
             )
 

@@ -285,7 +285,19 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
         (["train", "--workdir", "x", "--model.revision", "v1"], "model.revision v1 is of a checkpoint"),
         (
             ["train", "--workdir", "x", "--data.name", "glue/sst2"],
-            "data.name glue/sst2 is for data.source tfds and support_desk",
+            "data.name glue/sst2 is for tfds and support_desk, data.source is files; leave one of them out",
+        ),
+        (
+            ["train", "--workdir", "x", "--data.source", "digits", "--data.bad-records", "skip"],
+            "data.bad-records skip is for files, data.source is digits; leave one of them out",
+        ),
+        (
+            ["train", "--workdir", "x", "--data.max-bad-records", "5"],
+            "data.max-bad-records 5 is for data.bad-records skip; set that, or leave it out",
+        ),
+        (
+            ["train", "--workdir", "x", "--data.split-seed", "5"],
+            "data.split-seed 5 is for what is drawn",
         ),
         (
             ["predict", "--model", "{run}", "--output", "/nowhere/out.jsonl"],

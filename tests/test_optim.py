@@ -211,9 +211,9 @@ def test_no_moment_is_copied_before_it_is_overwritten():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"name": "sgd", "beta2": 0.95}, "optim.beta2 is for adamw and lamb and lion, optim.name is sgd; leave one of them out"),
-        ({"momentum": 0.5}, "optim.momentum is for sgd, optim.name is adamw; leave one of them out"),
-        ({"name": "adafactor", "eps": 1e-6}, "optim.eps is for adamw and lamb, optim.name is adafactor; leave one of them out"),
+        ({"name": "sgd", "beta2": 0.95}, "optim.beta2 0.95 is for adamw and lamb and lion, optim.name is sgd; leave one of them out"),
+        ({"momentum": 0.5}, "optim.momentum 0.5 is for sgd, optim.name is adamw; leave one of them out"),
+        ({"name": "adafactor", "eps": 1e-6}, "optim.eps 1e-06 is for adamw and lamb, optim.name is adafactor; leave one of them out"),
         ({"name": "sgd", "momentum": 0.0, "nesterov": True}, "optim.nesterov looks ahead along optim.momentum, which is 0; leave one of them out"),
     ],
 )  # fmt: skip
