@@ -169,7 +169,7 @@ class MethodsConfig:
     proximal: float = 0.0
     """With ema: factor of how far the prediction is from that of the averages, which holds the model back (SMART's momentum Bregman proximal point, its mu); one forward pass more."""
     swa: float | None = None
-    """Stochastic weight averaging: from this share of the updates on (0.75, for one), the plain mean of all that is trained is used for evaluation, prediction and export; before it, the last weights are. The paper keeps the learning rate high meanwhile: optim.schedule constant. BatchNorm's running averages are averaged too, as with ema, not computed anew from the data."""
+    """Stochastic weight averaging: from this share of the updates on (0.75, for one), the plain mean of all that is trained is used for evaluation, prediction and export; before it, the last weights are. What is best is chosen among those that are averages of two and more. The paper keeps the learning rate high meanwhile: optim.schedule constant. BatchNorm's running averages are averaged too, as with ema, not computed anew from the data."""
     swa_every: int = 1
     """SWA: updates from one set of weights that is averaged to the next."""
     neftune: float = 0.0
@@ -333,7 +333,7 @@ class OptimConfig:
     warmup_steps: int | None = None
     """The same in steps; wins over warmup_ratio."""
     weight_decay: float = 0.0
-    """Biases, LayerNorm and BatchNorm are left out. Decoupled from the gradient, except for sgd, which adds it as torch does."""
+    """Biases, LayerNorm, BatchNorm and the factors of (IA)3 are left out. Decoupled from the gradient, except for sgd, which adds it as torch does."""
     beta1: float = 0.9
     """Adam, LAMB, Lion: decay of the first moment."""
     beta2: float = 0.999

@@ -411,6 +411,7 @@ def make_updates(
         raise UserError(
             f"model.frozen-dtype {model.frozen_dtype} is for frozen matrices, and all are trained; leave it out, or see model.dtype"
         )
+    _check_halves(is_frozen, config.peft.method)
     depth = depths(parameters, family.STEM, family.BLOCK)
     _check_depths(optim, depth, trained)
     pace = paces(depth, trained, optim.layer_decay, optim.rates, optim.unfreeze_every)
@@ -424,7 +425,7 @@ def make_updates(
             " or methods.swa-every"
         )
     penalty = last = None
-    decides_from = 0
+    decides_from = 0 if swa is None else sum(swa)
     if config.peft.method == "adalora":
         start, decides_from = phases(config.peft, total_steps)
         if decides_from > total_steps:
@@ -464,6 +465,21 @@ def _check_depths(optim: OptimConfig, depth: Mapping[str, int], trained: Sequenc
             raise UserError(
                 f"{name} is for layers below the head, and all {len(trained)} tensors that are trained, such as {trained[0]}, stand at its"
                 " depth; leave it out"
+            )
+
+
+def _check_halves(is_frozen: Mapping[str, bool], method: str) -> None:
+    """
+    Raises:
+        UserError: The half of a product that starts at zero is frozen, so that the other never gets a gradient.
+    """
+    for path, frozen in is_frozen.items():
+        layer, _, name = path.rpartition("/")
+        other = install.STARTS_AT_ZERO.get(name)
+        if other is not None and frozen and not is_frozen[f"{layer}/{other}"]:
+            raise UserError(
+                f"model.freeze freezes {name} of {layer}, which starts at zero, so that peft.method {method} would learn nothing there;"
+                f" freeze {other} instead, or both"
             )
 
 

@@ -358,8 +358,8 @@ def _check_averages(methods: MethodsConfig) -> None:
     Raises:
         UserError: Averages of the weights that exclude each other, or knobs of one that is off.
     """
-    if methods.ema is not None and not 0 <= methods.ema < 1:
-        raise UserError(f"methods.ema is {methods.ema}, must be from 0 to below 1")
+    if methods.ema is not None and not 0 < methods.ema < 1:
+        raise UserError(f"methods.ema is {methods.ema}, must be above 0 and below 1")
     if methods.swa is not None and not 0 <= methods.swa < 1:
         raise UserError(f"methods.swa is {methods.swa}, must be from 0 to below 1")
     if methods.swa is not None and methods.ema is not None:
@@ -380,6 +380,11 @@ def _check_adversarial(methods: MethodsConfig) -> None:
     if methods.adversarial not in ("none", "smart", "vat") and methods.adversarial_weight != 1:
         raise UserError(
             f"methods.adversarial-weight is for smart and vat, methods.adversarial is {methods.adversarial}; leave it out"
+        )
+    if methods.adversarial == "freelb" and methods.ascent_steps < 2:
+        raise UserError(
+            f"methods.ascent-steps is {methods.ascent_steps}, must be at least 2: methods.adversarial freelb learns where each step begins, the first"
+            " at random"
         )
     attack = ("radius", "ascent_steps", "ascent_rate", "adversarial_weight")
     if methods.adversarial == "none" and any(

@@ -6,6 +6,7 @@ Resume precedence: the run's own checkpoint > Hugging Face weights > random.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import resource
 import signal
@@ -21,6 +22,7 @@ from finetune_jax.checkpoint import CheckpointWriter, Progress
 from finetune_jax.compiling import recompilations, use_cache
 from finetune_jax.config import Config, to_dict
 from finetune_jax.data.features import CachedFeatures
+from finetune_jax.data.packing import RowShape
 from finetune_jax.data.pipeline import (
     Batches,
     Examples,
@@ -174,7 +176,7 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     source = open_source(config, checkpoint)
     if "train" not in source.splits:
         raise UserError("data.train names no split; there is nothing to train on")
-    job = with_class_weights(job_from_config(config, checkpoint, source, devices), config, source)
+    job = job_from_config(config, checkpoint, source, devices)
     metric = deciding_metric(config)
     if config.train.early_stopping is not None and "validation" not in source.splits:
         raise UserError(
@@ -189,9 +191,11 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         here = [device for device in job.mesh.devices.flat if device.process_index == jax.process_index()]
         examples["train"] = with_synonyms(config, job.task, examples["train"], here)
         source = fingerprinted(source, examples["train"])
+    job = with_class_weights(job, config, source, examples["train"])
     parts = batch_parts(job.mesh) * config.train.accumulation
     batch_size, longest = config.train.batch_size, job.task.row_length
     shape = train_shape(examples["train"], batch_size, longest, config.data.batching, parts)
+    _check_mixing(config, shape)
     batches = Batches(examples["train"], shape, config.seed, parts=parts, mesh=job.mesh)
     total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
     batches.steps = total_steps
@@ -209,6 +213,19 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
     return Setup(
         config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note
     )
+
+
+def _check_mixing(config: Config, shape: RowShape) -> None:
+    """
+    Raises:
+        UserError: No micro-batch holds two examples that could be mixed.
+    """
+    train, mixup = config.train, config.methods.mixup
+    if mixup and math.ceil(shape.rows / train.accumulation) * shape.segments < 2:
+        raise UserError(
+            f"methods.mixup mixes the examples of a micro-batch, and {shape.rows} rows of one text each over train.accumulation"
+            f" {train.accumulation} leave one in each; raise train.batch-size {train.batch_size}, or lower train.accumulation"
+        )
 
 
 def first_state(setup: Setup) -> TrainState:
@@ -382,9 +399,21 @@ def finish(
     """The result: the best checkpoint on validation and test, and result.json."""
     step, updates = int(state.step), updates_done(state)
     if step == setup.total_steps and updates < setup.updates.decides_from:
+        peft, swa = setup.config.peft, setup.config.methods.swa
+        begins, lacks, lower = (
+            f"peft.method {peft.method} prunes until",
+            "more than its budget may be left",
+            f"peft.prune-until ({peft.prune_until:g})",
+        )
+        if swa is not None:
+            begins, lacks, lower = (
+                "methods.swa averages first after",
+                "nothing is averaged",
+                f"methods.swa ({swa:g})",
+            )
         writer.say(
-            f"peft.method {setup.config.peft.method} prunes until update {setup.updates.decides_from}, and {step - updates} of {step}"
-            f" were skipped: more than its budget may be left; lower peft.prune-until ({setup.config.peft.prune_until:g}) in a new --workdir"
+            f"{begins} update {setup.updates.decides_from}, and {step - updates} of {step} were skipped: {lacks}; lower {lower} in a new"
+            " --workdir"
         )
     best, weights = progress.best_step or step, state.served
     if best != step:
@@ -598,6 +627,8 @@ def announce(setup: Setup, note: str) -> None:
     text = (
         f"{len(setup.examples['train'])} training segments, {setup.total_steps} updates of {shape.rows} rows"
     )
+    if added := batches.rows - shape.rows:
+        text += f" (and {added} empty ones, so that devices and micro-batches divide them)"
     if batches.examples.lengths is not None:
         lengths = " or ".join(map(str, batches.lengths))
         text += f" x {lengths} pieces, {100 * padding_share(batches):.1f} % padding"
@@ -630,6 +661,13 @@ def without_effect(setup: Setup) -> list[str]:
             " end before theirs begin"
         )
     if job.family == "resnet":
+        model = config.model
+        if model.batch_norm == "frozen" and (model.pretrained is None or model.reinit_layers):
+            where = "any layer" if model.pretrained is None else f"the last {model.reinit_layers} blocks"
+            lines.append(
+                f"model.batch-norm frozen normalises nothing in {where}: its statistics stay what random weights begin with, mean 0 and"
+                " variance 1 (model.batch-norm train learns them)"
+            )
         processor: Any = job.task.processor  # pyright: ignore[reportAttributeAccessIssue]
         names = overruled_pixels(config.data.image, processor, job.model_config.num_channels)
         if names:
@@ -698,14 +736,16 @@ def peak_memory_bytes() -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def with_class_weights(job: Job, config: Config, source: Source) -> Job:
-    """The job with the config's class weights, counted on the training split."""
+def with_class_weights(job: Job, config: Config, source: Source, examples: Any) -> Job:
+    """The job with the config's class weights, counted on what the loss of the training split counts: examples, or pieces with a tag."""
     if source.labels is None or config.task.class_weights == "none":
         return job
-    name = "tags" if job.task.of_pieces else "label"
-    values = source.splits["train"].columns([name])[name]
-    flat = np.concatenate([np.asarray(v, np.int64).reshape(-1) for v in values])
-    counts = np.bincount(flat, minlength=len(source.labels))
+    if job.task.of_pieces:
+        known = np.asarray(examples.labels)
+        known = known[known >= 0]
+    else:
+        known = np.asarray(source.splits["train"].columns(["label"])["label"], np.int64)
+    counts = np.bincount(known, minlength=len(source.labels))
     weights = resolve_class_weights(config.task.class_weights, source.labels, counts)
     return dataclasses.replace(job, task=dataclasses.replace(job.task, class_weights=weights))  # pyright: ignore
 

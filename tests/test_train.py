@@ -214,6 +214,15 @@ def test_what_comes_to_nothing_is_said(kind, change, said, tmp_path, one_device,
         assert not any(words in told for words in ("more than there are", "as they are", "not used"))
 
 
+def test_rows_that_only_divide_are_told(tmp_path, one_device, capsys):
+    for accumulation, said in (
+        (1, " rows x "),
+        (16, " rows (and 11 empty ones, so that devices and micro-batches divide them) x "),
+    ):
+        loop.announce(loop.prepare(config_of("text", tmp_path, accumulation=accumulation), one_device), "")
+        assert said in capsys.readouterr().err
+
+
 def test_frozen_parameters_do_not_move_and_cost_no_optimizer_state(tmp_path, one_device):
     config = config_of("text", tmp_path, steps=5)
     config = replace(config, model=replace(config.model, freeze=("embeddings/", "encoder/layer/0/")))
@@ -233,7 +242,7 @@ def test_frozen_parameters_do_not_move_and_cost_no_optimizer_state(tmp_path, one
     assert result["parameters"]["trained"] < result["parameters"]["total"]
 
 
-def test_frozen_batch_norm_is_really_frozen(tmp_path, one_device):
+def test_frozen_batch_norm_is_really_frozen(tmp_path, one_device, capsys):
     config = config_of("image", tmp_path, steps=4)
     config = replace(config, model=replace(config.model, batch_norm="frozen"))
     with pytest.raises(loop.Stopped):
@@ -241,6 +250,7 @@ def test_frozen_batch_norm_is_really_frozen(tmp_path, one_device):
     before = saved(tmp_path / "run")[1]["weights"]
     loop.train(config, tmp_path / "run", devices=one_device)
     after = saved(tmp_path / "run")[1]["weights"]
+    assert "model.batch-norm frozen normalises nothing in any layer" in capsys.readouterr().err
     statistics = [path for path in after if path.endswith(("/mean", "/var"))]
     assert statistics
     for path in statistics:

@@ -5,10 +5,11 @@ other words other noise. Rate and seed say nothing of what is right for a task: 
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from finetune_jax.data.words import WORD
 
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 KINDS = ("swap", "drop", "double", "key")
@@ -112,12 +113,13 @@ def swap_words(words: Sequence[str], rate: float, seed: int) -> list[str]:
 def in_text(
     text: str, rate: float, seed: int, noise: Callable[[Sequence[str], float, int], list[str]]
 ) -> str:
-    """The text with noise (`typos` or `swap_words`) in what lies between its spaces; the spaces stay."""
-    parts = re.split(r"(\s+)", text)
-    filled = [index for index, part in enumerate(parts) if part and not part.isspace()]
-    for index, word in zip(filled, noise([parts[index] for index in filled], rate, seed), strict=True):
-        parts[index] = word
-    return "".join(parts)
+    """The text with noise (`typos` or `swap_words`) in its words (`WORD`); spaces, punctuation and other signs stay where they are."""
+    spans = [m.span() for m in WORD.finditer(text) if any(letter.isalnum() for letter in m.group())]
+    parts, end = [], 0
+    for (begin, stop), word in zip(spans, noise([text[a:b] for a, b in spans], rate, seed), strict=True):
+        parts += [text[end:begin], word]
+        end = stop
+    return "".join([*parts, text[end:]])
 
 
 def _generator(words: Sequence[str], seed: int) -> np.random.Generator:

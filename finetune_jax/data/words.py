@@ -5,6 +5,7 @@ and hosts nor packing decide anything. Letters of shapes: V entries of the vocab
 batch, W words of a batch, k candidates.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from finetune_jax.config import TextConfig
 from finetune_jax.errors import UserError
 
 SYNONYM, CHOICE, DROPOUT, SWAP = range(4)  # each decision draws from a stream of its own
-_WORD = 2**64 - 1
+WORD = re.compile(r"[㐀-鿿豈-﫿]|[@#]?[^\W㐀-鿿豈-﫿]+(?:[-.'’@:/][^\W㐀-鿿豈-﫿]+)*|[^\w\s]")
+"""In running text. A CJK character stands alone; letters and digits hold together over inner hyphens, dots, apostrophes, @ and #;
+any other sign is a word."""
+_MAX = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -203,7 +207,7 @@ def uniform(key: tuple[int, ...], number: np.ndarray) -> np.ndarray:
     """
     start = 0
     for part in key:
-        start = int(_mixed(np.array([(start ^ part) & _WORD], np.uint64) + np.uint64(_GOLDEN))[0])
+        start = int(_mixed(np.array([(start ^ part) & _MAX], np.uint64) + np.uint64(_GOLDEN))[0])
     words = _mixed(np.asarray(number).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(start))
     return (words >> np.uint64(11)) * 2.0**-53
 

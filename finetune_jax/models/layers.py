@@ -379,7 +379,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     if cut >= 2**32:
         return jnp.zeros_like(x)
-    return jnp.where(random_words(key, x.shape) >= jnp.uint32(cut), x / (1.0 - cut / 2**32), 0.0)
+    # In float32: bfloat16 would round the divisor, and the mean with it.
+    kept = (x.astype(jnp.float32) / (1.0 - cut / 2**32)).astype(x.dtype)
+    return jnp.where(random_words(key, x.shape) >= jnp.uint32(cut), kept, jnp.zeros_like(x))
 
 
 def surviving(key: jax.Array, rate: jax.Array | float, shape: tuple[int, ...]) -> jax.Array:

@@ -121,7 +121,7 @@ class Block(nnx.Module):
         for layer in self.layer:
             x_BxHxWxC = layer(x_BxHxWxC, weight_B, update_statistics)
         if factor_Bx1x1x1 is not None:
-            x_BxHxWxC = x_BxHxWxC * factor_Bx1x1x1.astype(x_BxHxWxC.dtype)
+            x_BxHxWxC = (x_BxHxWxC.astype(jnp.float32) * factor_Bx1x1x1).astype(x_BxHxWxC.dtype)
         return ACTIVATIONS[self.act](x_BxHxWxC + residual_BxHxWxC)
 
 

@@ -32,7 +32,10 @@ ADDED = rf"{_BIAS}|.*/(lora_[abe]|dora_m|ia3|adapter_(down|up)|prefix|prefix_(ta
 """Paths of the parameters that a method adds."""
 SHARDING = ((ADDED, ()),)
 """They are small, and lie on every device."""
-DECAY = ((_BIAS, False), (ADDED, True))
+DECAY = ((rf"{_BIAS}|.*/ia3", False), (ADDED, True))
+"""What is neutral at zero may decay towards it; the factors of (IA)3 are neutral at one."""
+STARTS_AT_ZERO = {"lora_b": "lora_a", "adapter_up": "adapter_down"}
+"""Of a product, the half that starts at zero, and the other, which has no gradient while it stays there."""
 
 TARGETS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("lora", "bert"): (r"attention/self/(query|value)$",),

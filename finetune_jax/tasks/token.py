@@ -1,7 +1,6 @@
 """A tag for each word: BertForTokenClassification. Tags are BIO2; entities are scored strictly."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +9,11 @@ import numpy as np
 
 from finetune_jax import metrics
 from finetune_jax.data.text import TextFeatures, token_features
+from finetune_jax.data.words import WORD
 from finetune_jax.errors import UserError
 from finetune_jax.models.bert import BertForTokenClassification
 from finetune_jax.tasks.base import OFFSET, ClassTask, Records, softmax, text_field
 from finetune_jax.tasks.sequence import TextTask
-
-# A CJK character stands alone; letters and digits hold together over inner hyphens, dots, apostrophes, @ and #.
-WORD = re.compile(r"[㐀-鿿豈-﫿]|[@#]?[^\W㐀-鿿豈-﫿]+(?:[-.'’@:/][^\W㐀-鿿豈-﫿]+)*|[^\w\s]")
 
 
 @dataclasses.dataclass(frozen=True)

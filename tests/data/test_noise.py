@@ -125,4 +125,13 @@ def test_in_a_text_spaces_stay():
     noisy = in_text("Where  is my parcel?", 1.0, 2, typos)
     assert [len(part) for part in noisy.split(" ")].count(0) == 1
     assert noisy.endswith("?")
-    assert noisy.split() == typos(["Where", "is", "my", "parcel?"], 1.0, 2)
+    assert noisy[:-1].split() == typos(["Where", "is", "my", "parcel"], 1.0, 2)
+
+
+def test_words_of_a_text_without_spaces():
+    """Each Chinese character is one, and punctuation is none."""
+    assert in_text("我的包裹，在哪里？", 1.0, 0, swap_words) == "的我裹包，哪在里？"
+    assert in_text("hello,world!", 1.0, 0, swap_words) == "world,hello!"
+    text = "我的包裹在哪里？" * 5
+    changed = sum(in_text(text, 0.1, seed, typos) != text for seed in range(50))
+    assert changed > 40, "35 words, each with a slip in one of ten"

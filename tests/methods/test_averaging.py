@@ -85,10 +85,27 @@ def test_the_mean_from_its_start_on(tmp_path):
         loop.train(longer, tmp_path / "whole", devices=one, allow_change=["train.steps"])
 
 
+def test_the_best_is_an_average(tmp_path, monkeypatch):
+    """Though every evaluation is worse than the one before: those of single weights decide nothing, nor end the run."""
+    worse, real = iter(range(100, 0, -1)), loop.evaluate
+
+    def evaluate(*args):
+        found = real(*args)
+        return replace(found, metrics=found.metrics | {"accuracy": float(next(worse))})
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    config = config_of("text", tmp_path, steps=10, early_stopping=2)
+    config = replace(config, evaluation=replace(config.evaluation, every_steps=1))
+    averaged = replace(config, methods=MethodsConfig(swa=0.5, swa_every=2))
+    result = loop.train(averaged, tmp_path / "run", devices=jax.devices()[:1])
+    assert (result["best_step"], result["steps"]) == (7, 9)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"swa": 1.0}, "methods.swa is 1.0, must be from 0 to below 1"),
+        ({"ema": 0.0, "proximal": 1.0}, "methods.ema is 0.0, must be above 0 and below 1"),
         ({"swa": 0.5, "ema": 0.9}, "methods.swa and methods.ema both say which weights are used; leave one of them out"),
         ({"swa": 0.9, "swa_every": 2}, "methods.swa 0.9 begins after update 7 of 8, which leaves none to average; lower it, or methods.swa-every"),
         ({"swa_every": 3}, "methods.swa-every is set, methods.swa is not; set it, or leave both out"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import log_loss
+from sklearn.utils.class_weight import compute_class_weight
 
 from finetune_jax import train as loop
 from finetune_jax.evaluate import evaluate_model
@@ -106,6 +107,29 @@ def test_what_is_measured_is_cross_entropy(kind, tmp_path):
             [line["label"] for line in lines], [[s["no"], s["yes"]] for s in scores], labels=["no", "yes"]
         )
         assert result["metrics"]["test"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_of_classes_count_what_the_loss_counts(tmp_path):
+    """scikit-learn's balanced weights, of all that an epoch's batches learn: further pieces of a B-x are I-x there."""
+    config = config_of("token", tmp_path)
+    names = {"ann": "B-per", "cats": "B-thing", "dogs": "B-thing", "bob": "I-per"}
+    words = [["ann", "bob", "sat"], ["cats", "on", "dogs"], ["ann", "ran"]] * 8
+    for split in ("train", "validation", "test"):
+        lines = [line for text in words for line in [*(f"{w}\t{names.get(w, 'O')}" for w in text), ""]]
+        (tmp_path / f"conll/{split}.conll").write_text("\n".join(lines), encoding="utf-8")
+    learned = {}
+    for pieces in ("first", "all"):
+        chosen = dataclasses.replace(config.task, class_weights="auto", label_pieces=pieces)
+        setup = loop.prepare(dataclasses.replace(config, task=chosen), jax.devices()[:1])
+        task: Any = setup.job.task
+        batches = [setup.batches[step] for step in range(setup.batches.epochs.end(0))]
+        counted = np.concatenate([batch["labels"][batch["weights"] > 0] for batch in batches])
+        classes = np.unique(counted)
+        expected = np.ones(len(task.labels))
+        expected[classes] = compute_class_weight("balanced", classes=classes, y=counted)
+        np.testing.assert_allclose(task.class_weights, expected, rtol=1e-6)
+        learned[pieces] = len(counted)
+    assert learned["all"] == learned["first"] + 16, "cats and dogs have two pieces"
 
 
 def test_a_divergence_counts_as_the_loss_does():

@@ -11,7 +11,7 @@ import torch
 
 from finetune_jax import train as loop
 from finetune_jax.config import MeshConfig, MethodsConfig
-from finetune_jax.limits import validate
+from finetune_jax.errors import UserError
 from finetune_jax.methods.mixing import Mixing
 from finetune_jax.methods.objective import Mixed
 from finetune_jax.sharding import batch_sharding, make_mesh
@@ -214,4 +214,12 @@ def test_an_example_alone_has_nobody_to_mix_with(tmp_path, capsys):
     assert tiny.train_with(config_of("image", tmp_path), change, tmp_path) == 2
     assert "train.batch-size 4 over train.accumulation 4 leaves one in each" in capsys.readouterr().err
     config = dataclasses.replace(config_of("text", tmp_path), methods=MethodsConfig(mixup=0.2))
-    assert validate(dataclasses.replace(config, train=dataclasses.replace(config.train, **alone)))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **alone))
+    assert loop.prepare(config, jax.devices()[:1]).batches.shape.segments > 1
+    for split in ("train", "validation", "test"):  # no two of these fit into a row
+        lines = [{"text": " ".join(["cat"] * 30), "label": name} for name in ("yes", "no")] * 4
+        tiny.write_jsonl(tmp_path / "texts" / f"{split}.jsonl", lines)
+    with pytest.raises(
+        UserError, match=r"methods.mixup mixes the examples of a micro-batch, and 4 rows of one text each"
+    ):
+        loop.prepare(config, jax.devices()[:1])

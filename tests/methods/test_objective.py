@@ -351,6 +351,7 @@ def test_a_step_takes_the_passes_that_it_learns_from(name, passes, tmp_path):
         ("image", {"methods": {"r_drop": 1.0}}, "a resnet has none"),
         ("image", {"methods": {"neftune": 5.0}}, "methods.neftune adds noise to word vectors"),
         ("image", {"methods": {"adversarial": "freelb"}}, "methods.adversarial freelb is for text"),
+        ("text", {"methods": {"adversarial": "freelb", "ascent_steps": 1}}, "methods.ascent-steps is 1, must be at least 2: methods.adversarial freelb"),
         ("text", {"methods": {"radius": 0.0, "adversarial": "pgd"}}, "methods.radius is 0.0, must be above 0"),
         ("text", {"methods": {"adversarial": "fgm", "ascent_rate": 0.1}}, "methods.adversarial fgm goes one step of methods.radius"),
         ("text", {"methods": {"radius": 2.0}}, "methods.adversarial is none, its other fields are set"),

@@ -22,6 +22,18 @@ def test_dropout_rate_and_scaling():
     assert not np.asarray(dropout(x, 1.0, jax.random.key(0))).any()
 
 
+def test_dropout_in_bfloat16_keeps_the_mean():
+    """What is kept is scaled before it is rounded, not by a rounded factor."""
+    x = jnp.linspace(1.0, 2.0, 4096).astype(jnp.bfloat16)
+    for rate in (0.1, 0.15):
+        kept = np.asarray(dropout(x, rate, jax.random.key(0)), np.float32)
+        exact = np.asarray(x, np.float32) / np.float32(1 - round(rate * 2**32) / 2**32)
+        chosen = kept != 0
+        np.testing.assert_array_equal(
+            kept[chosen], np.asarray(jnp.asarray(exact).astype(jnp.bfloat16), np.float32)[chosen]
+        )
+
+
 def words(seed, shape=(2**20,)):
     return np.asarray(random_words(jax.random.key(seed), shape))
 

@@ -33,6 +33,7 @@ from finetune_jax.models.bert import BertConfig, Output
 from finetune_jax.models.layers import FLOAT32, Conv, Linear
 from finetune_jax.models.resnet import ConvLayer
 from finetune_jax.opening import open_adapters, open_model
+from finetune_jax.peft import install
 from finetune_jax.peft.adalora import budget, layers_of, orthogonality, pruned
 from finetune_jax.peft.bottleneck import AdapterConvLayer, HoulsbyOutput, PfeifferOutput
 from finetune_jax.peft.dora import DoraLinear
@@ -44,7 +45,7 @@ from finetune_jax.plan import Subject
 from finetune_jax.predict import predict
 from finetune_jax.step import make_forward, make_train_step
 from finetune_jax.tasks.sequence import SequenceClassification
-from finetune_jax.tree import flatten, unflatten
+from finetune_jax.tree import flatten, lookup, unflatten
 from tests import tiny
 from tests.faults.test_numerics import poison
 from tests.tiny import assert_same_bits, config_of, saved
@@ -978,6 +979,8 @@ def test_an_adapter_for_another_kind_of_model_is_said(runs, base, tmp_path):
         ("text", {"model": {"frozen_dtype": "bfloat16"}}, "model.frozen-dtype bfloat16 is for frozen matrices, and all are trained"),
         ("text", {"model": {"frozen_dtype": "bfloat16", "freeze": ["LayerNorm"]}}, "model.frozen-dtype bfloat16 is for frozen matrices, and all are trained"),
         ("text", {"peft": {"method": "adalora"}, "model": {"freeze": ["layer/0/.*lora_e"]}}, "model.freeze freezes lora_e of bert/encoder/layer/0/attention/output/dense and not lora_a and lora_b, which peft.method adalora prunes together"),
+        ("text", {"peft": {"method": "lora"}, "model": {"freeze": ["layer/1/.*lora_b"]}}, "model.freeze freezes lora_b of bert/encoder/layer/1/attention/self/query, which starts at zero, so that peft.method lora would learn nothing there; freeze lora_a instead, or both"),
+        ("text", {"peft": {"method": "bottleneck", "width": 4}, "model": {"freeze": ["adapter_up$"]}}, "model.freeze freezes adapter_up of bert/encoder/layer/0/output, which starts at zero"),
         ("text", {"peft": {"method": "adalora"}, "optim": {"unfreeze_every": 3}}, "peft.method adalora and optim.unfreeze-every 3 exclude each other"),
         ("text", {"peft": {"method": "prefix"}, "optim": {"layer_decay": 0.8}}, "optim.layer-decay 0.8 is for layers below the head, and all 3 tensors that are trained, such as "),
         ("text", {"peft": {"method": "prefix"}, "optim": {"unfreeze_every": 2}}, "optim.unfreeze-every 2 is for layers below the head"),
@@ -1009,6 +1012,22 @@ def test_wrong_choices_are_one_line(kind, change, message, tmp_path, capsys):
     assert tiny.train_with(config_of(kind, tmp_path), change, tmp_path) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_factors_of_ia3_keep_their_own_precision_and_do_not_decay():
+    """Around 1 bfloat16 has steps of 0.8 %; neutral is 1, not 0."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(3, 8)).astype(np.float32), rng.normal(size=(8, 4)).astype(np.float32)
+    base = Linear(8, 4, nnx.initializers.zeros, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    base.kernel[...] = jnp.asarray(kernel)
+    plain = np.asarray(base(jnp.asarray(x)), np.float32)
+    layer = Ia3Linear(base, scales_input=False)
+    factor = np.array([1.001, 1.003, 1.005, 0.99], np.float32)
+    layer.ia3[...] = jnp.asarray(factor)
+    expected = np.asarray(jnp.asarray(plain * factor).astype(jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(np.asarray(layer(jnp.asarray(x)), np.float32), expected)
+    paths = ["bert/x/ia3", "bert/x/lora_a", "bert/x/adapter_up_bias"]
+    assert list(lookup(install.DECAY, paths, "weight decay").values()) == [False, True, False]
 
 
 def test_an_adapter_needs_one(tmp_path):
