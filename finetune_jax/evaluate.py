@@ -20,15 +20,17 @@ from finetune_jax.data.pipeline import (
     device_batches,
     evaluation_shape,
 )
-from finetune_jax.data.sources import load_source
+from finetune_jax.data.sources import Source, load_source
 from finetune_jax.ensemble import averaged, members
 from finetune_jax.errors import UserError
+from finetune_jax.hf.pretrained import placeholders
 from finetune_jax.job import CONFIG_FILE, Job, is_run
 from finetune_jax.sharding import batch_parts
 from finetune_jax.step import abstract_batch, lower_forward, make_features, make_forward
 from finetune_jax.tasks import TASKS
 from finetune_jax.tasks.base import Records
 from finetune_jax.tree import Flat
+from finetune_jax.writers import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,27 +180,55 @@ def open_splits(
     # Each run reads as far as it learned to, unless the config says something else than the first one's.
     asked = config.data.max_length
     max_length = None if own is not None and own.data.max_length == asked else asked
-    records = None
+    records, labels = None, None
     for job, weights in members(models, step=step, max_length=max_length, mesh=config.mesh):
         if TASKS[config.task.name] is not type(job.task):
             raise UserError(
                 f"{models[0]} is {job.task.architecture}, the config's task is {config.task.name}; name a config of its task"
             )
-        records = records_of(config, job, split) if records is None else records
-        yield Opened(job, weights, records, config)
+        if records is None:
+            records, labels = records_of(config, job, split)
+        yield Opened(
+            dataclasses.replace(job, task=dataclasses.replace(job.task, labels=labels)),
+            weights,
+            records,
+            config,
+        )
         del weights  # before the next model's are placed
 
 
-def records_of(config: Config, job: Job, split: str) -> Records:
-    """A split of a recipe's data, with the label ids of the job's task.
+def records_of(config: Config, job: Job, split: str) -> tuple[Records, tuple[str, ...] | None]:
+    """A split of a recipe's data, and the labels in the order of its ids: the task's, or the data's where nobody named the task's.
 
     Raises:
         UserError: There is no such split, or labels that the task does not know.
     """
-    source = load_source(config.data, config.task.name, labels=job.task.labels)
+    labels = job.task.labels
+    if labels is not None and labels == placeholders(len(labels)):
+        labels = _named_by(load_source(config.data, config.task.name), labels)
+    source = load_source(config.data, config.task.name, labels=labels)
     if split not in source.splits:
         raise UserError(f"there is no split {split}; splits are {', '.join(source.splits)}")
-    return source.splits[split]
+    return source.splits[split], labels
+
+
+def _named_by(source: Source, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Names for labels that the model has none for: the data's, in their order.
+
+    Raises:
+        UserError: The data has more or fewer.
+    """
+    names = source.labels
+    if names is None or set(names) <= set(labels):
+        return labels
+    shown = f"{', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+    if len(names) != len(labels):
+        raise UserError(
+            f"the model has {len(labels)} labels, which it does not name, the data {len(names)} ({shown}); put the names in the order of"
+            " the model's ids into id2label of its config.json"
+        )
+    say(f"the model does not name its labels; they are taken for the data's, in this order: {shown}")
+    return names
 
 
 def evaluate_model(

@@ -1,6 +1,7 @@
 """A run, or an adapter on its model, to a Hugging Face folder; and the proof that the folder gives the same logits."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from finetune_jax import __version__, config, signals
 from finetune_jax.checkpoint import Checkpoints, not_a_run
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
-from finetune_jax.hf.pretrained import FAMILIES, export_tensors, load_params
+from finetune_jax.hf.pretrained import FAMILIES, export_tensors, load_params, parse_config
 from finetune_jax.job import CONFIG_FILE, Job, is_run, open_pretrained, save_model_folder
 from finetune_jax.opening import open_model
 from finetune_jax.peft import hf_format, install
@@ -29,6 +30,16 @@ from finetune_jax.tree import Flat
 from finetune_jax.writers import say
 
 CARD_FILE = "README.md"
+
+
+_OF_TRAINING = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "initializer_range",
+    "pad_token_id",
+)
+"""Fields of a model that its outputs do not depend on."""
 
 
 def export(
@@ -117,6 +128,18 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
     if base is None:
         raise UserError(f"{run} began with random weights, for which nobody else can use an adapter; {whole}")
     family = FAMILIES[job.family]
+    its_own = parse_config(base.family, base.hf_config, base.source)
+    other = [
+        field.name
+        for field in dataclasses.fields(its_own)
+        if field.name not in _OF_TRAINING
+        and getattr(its_own, field.name) != getattr(job.model_config, field.name)
+    ]
+    if other:
+        raise UserError(
+            f"{run} computes with another {' and '.join(other)} than {base.source} (model.hf-config), by whose config.json others would use"
+            f" an adapter; {whole}"
+        )
     own = load_params(base, job.own_weights, replace_head=True)
     new = [path for path in own.new if not re.fullmatch(family.head, path)]
     if new:

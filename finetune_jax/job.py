@@ -33,7 +33,7 @@ from finetune_jax.data.augment import ImageAugmentation
 from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.paraphrase import add_paraphrases
 from finetune_jax.data.sources import Source, cache_root, load_source
-from finetune_jax.data.text import load_tokenizer
+from finetune_jax.data.text import TextTokenizer, load_tokenizer
 from finetune_jax.data.words import Vocabulary, WordAugmentation, outside_of, varies
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
@@ -182,12 +182,16 @@ def is_run(path: storage.Folder) -> bool:
 
 
 def open_named(source: str, revision: str | None = None) -> Checkpoint:
-    """`open_checkpoint` of what a user names; environment variables are expanded.
+    """`open_whole` of what a user names; environment variables are expanded."""
+    return open_whole(os.path.expandvars(source), revision)
+
+
+def open_whole(source: str, revision: str | None = None) -> Checkpoint:
+    """`open_checkpoint` of what should be a whole model.
 
     Raises:
         UserError: It is none: a run folder, one that holds runs, or an adapter, for example.
     """
-    source = os.path.expandvars(source)
     folder = Path(source).expanduser()
     if is_run(folder):
         raise UserError(f"{source} is a run folder; finetune-jax export makes a Hugging Face folder of it")
@@ -250,6 +254,7 @@ def job_of_task(
     check_attention(config, model_config)
     attention = config.model.attention
     job = make_job(task, family, model_config, config.mesh, devices, compute, attention, config.peft)
+    install.check_layers(config.peft, job.parts.abstract)
     if checkpoint is None:
         return job
     return dataclasses.replace(job, untaught=untaught(checkpoint, job.own_weights))
@@ -352,7 +357,16 @@ def _tokenizer(config: ModelConfig, checkpoint: Checkpoint | None, vocab_size: i
             "a model from random weights needs a tokenizer; set --model.tokenizer to a folder or vocab.txt"
         )
     path = Path(os.path.expandvars(place)).expanduser()
-    tokenizer = load_tokenizer(path if path.exists() else files.resolve(place))
+    return fitting_tokenizer(path if path.exists() else files.resolve(place), vocab_size)
+
+
+def fitting_tokenizer(place: Path, vocab_size: int) -> TextTokenizer:
+    """`load_tokenizer`, for a model with so many word vectors.
+
+    Raises:
+        UserError: It has entries for which the model has no vector.
+    """
+    tokenizer = load_tokenizer(place)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{place}: the tokenizer has {tokenizer.vocab_size} entries, the model's vocabulary {vocab_size}; they must match"

@@ -13,11 +13,10 @@ from finetune_jax.compiling import use_cache
 from finetune_jax.config import DataConfig, MeshConfig, PeftConfig, load_saved, nearest
 from finetune_jax.data.image import ImageProcessor
 from finetune_jax.data.sources import cache_root
-from finetune_jax.data.text import load_tokenizer
 from finetune_jax.errors import UserError
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import FAMILIES as PRETRAINED
-from finetune_jax.hf.pretrained import Checkpoint, load_params, open_checkpoint, parse_config
+from finetune_jax.hf.pretrained import Checkpoint, load_params, open_checkpoint, parse_config, placeholders
 from finetune_jax.job import (
     CONFIG_FILE,
     MODEL_DIRECTORY,
@@ -25,9 +24,11 @@ from finetune_jax.job import (
     PREPROCESSOR_FILE,
     Job,
     compute_of,
+    fitting_tokenizer,
     is_run,
     make_job,
     open_named,
+    open_whole,
     virtual_ids,
 )
 from finetune_jax.models.layers import FLOAT32
@@ -35,6 +36,11 @@ from finetune_jax.peft import hf_format, install
 from finetune_jax.state import initial_weights, place_weights
 from finetune_jax.tasks import TASKS, Task
 from finetune_jax.tree import Flat
+from finetune_jax.writers import say
+
+_PROBLEMS = (None, "single_label_classification", "regression")
+_SHORTEST = 3
+"""Pieces of a text of one: [CLS] and [SEP] stand around it."""
 
 
 def open_model(
@@ -114,6 +120,11 @@ def open_adapters(
         task = _task_of(checkpoint, model_config, None, adapter.config)
         job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, peft=adapter.config)
         weights = _with_adapter(job, checkpoint, adapter, folder)
+        if adapter.base_digest is None and not _is_same(adapter.base, model):
+            say(
+                f"adapter {name} was made for {adapter.base}, and --model is {model}: peft wrote nothing more by which to tell whether"
+                " these are the same weights"
+            )
         new = {path: value for path, value in weights.items() if path not in shared or path in adapter.params}
         placed = {**shared, **place_weights(new, job.shardings)}
         shared |= {path: placed[path] for path in weights.keys() - adapter.params.keys()}
@@ -134,26 +145,39 @@ def open_adapter(folder: Path, base: Checkpoint | None = None) -> tuple[hf_forma
             raise UserError(
                 f"{folder} does not name its model; set base_model_name_or_path in {hf_format.CONFIG_FILE}"
             )
-        base = open_named(source, revision if isinstance(revision, str) else None)
+        here = Path(source).expanduser().is_dir()  # whose files are of no revision
+        base = open_whole(source, revision if isinstance(revision, str) and not here else None)
     adapter = hf_format.read_adapter(folder, PRETRAINED[base.family])
     own_inputs = ("tokenizer.json", "vocab.txt") if base.family == "bert" else (PREPROCESSOR_FILE,)
     if any((folder / name).is_file() for name in own_inputs):
         base = dataclasses.replace(base, inputs=folder)  # what it was trained with, where that is beside it
-    if (folder / CONFIG_FILE).is_file():  # we write one, for the labels and the task
-        own = open_checkpoint(str(folder))
-        labels, num_labels, architectures = own.labels, own.num_labels, own.architectures
-        return adapter, dataclasses.replace(
-            base, labels=labels, num_labels=num_labels, architectures=architectures, hf_config=own.hf_config
-        )
-    architecture = _architecture(folder, str(fields.get("task_type")), base)
+    described = open_checkpoint(str(folder)) if (folder / CONFIG_FILE).is_file() else base  # we write one
+    architecture = _architecture(folder, str(fields.get("task_type")), described)
     if "classifier/bias" not in adapter.params:
-        raise UserError(f"{folder} has no classifier; save it with modules_to_save ['classifier']")
+        cure = "save it with modules_to_save ['classifier']"
+        if "classifier" in (fields.get("modules_to_save") or ()):
+            cure = "modules_to_save names it, and peft left it out; merge both there with merge_and_unload().save_pretrained(NEW_FOLDER)"
+        raise UserError(f"{folder} has no classifier in {hf_format.WEIGHTS_FILE}; {cure}")
     count = len(adapter.params["classifier/bias"])
-    return adapter, dataclasses.replace(base, labels=None, num_labels=count, architectures=(architecture,))
+    hf_config, labels = described.hf_config, described.labels
+    tasks = {kind.architecture for kind in TASKS.values()}
+    if count != described.num_labels or (tasks & set(described.architectures)) - {architecture}:
+        # It says what the model's own head is for, and the adapter has another.
+        hf_config, labels = {**hf_config, "problem_type": None}, None
+    return adapter, dataclasses.replace(
+        base, labels=labels, num_labels=count, architectures=(architecture,), hf_config=hf_config
+    )
+
+
+def _is_same(named: str | None, model: str) -> bool:
+    """Whether two names are of one place."""
+    return named is not None and (
+        named == model or Path(named).expanduser().resolve() == Path(model).expanduser().resolve()
+    )
 
 
 def _architecture(folder: Path, task_type: str, base: Checkpoint) -> str:
-    """Of the model with the adapter's head: what the adapter says, else what the model itself is.
+    """Of the model with the adapter's head: what the adapter says, else what the model (or a config.json beside the adapter) is.
 
     Raises:
         UserError: Neither is a task here.
@@ -212,12 +236,23 @@ def _task_of(checkpoint: Checkpoint, model_config: Any, max_length: int | None, 
             and (kind.problem_type == "regression") != regression
         ):
             continue
+        problem = checkpoint.hf_config.get("problem_type")
+        if problem not in _PROBLEMS and not kind.of_pieces:
+            raise UserError(
+                f"{checkpoint.source}: problem_type {problem!r} is not supported; an example has one label, or one score"
+            )
         inputs = checkpoint.inputs or checkpoint.folder
-        labels = checkpoint.labels or tuple(f"LABEL_{index}" for index in range(checkpoint.num_labels))
+        labels = checkpoint.labels or placeholders(checkpoint.num_labels)
         values: dict[str, Any] = {"labels": None if kind.problem_type == "regression" else labels}
         if checkpoint.family == "bert":
-            tokenizer = load_tokenizer(inputs)
-            limit = model_config.max_position_embeddings - install.positions_taken(peft)
+            tokenizer = fitting_tokenizer(inputs, model_config.vocab_size)
+            taken = install.positions_taken(peft)
+            limit = model_config.max_position_embeddings - taken
+            if limit < _SHORTEST:
+                raise UserError(
+                    f"{checkpoint.source} has {model_config.max_position_embeddings} positions, and {taken} virtual tokens leave {limit}:"
+                    f" a text takes {_SHORTEST} and more"
+                )
             length = min(max_length or tokenizer.max_length or limit, limit)
             values |= {"tokenizer": tokenizer, "max_length": length, "cache": None}
             values["virtual_ids"] = virtual_ids(peft, model_config)

@@ -69,7 +69,8 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
             f"{different[0]} has weights of other shapes than {runs[0]}; a soup needs runs of one model"
         )
     metric = config.evaluation.metric or plain.task.metric
-    opened = Opened(plain, {}, records_of(config, plain, "validation"), config)
+    records, _ = records_of(config, plain, "validation")
+    opened = Opened(plain, {}, records, config)
     examples = opened.examples()
     forward = opened.forward(examples)
 

@@ -22,7 +22,13 @@ MAX_TOKENIZER_BYTES = 64 * 2**20
 MAX_SHARDS = 1000
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+OTHER_WEIGHTS = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "adapter_model.bin",
+)
 DOWNLOADED = (
     "config.json",
     WEIGHTS,
@@ -40,8 +46,8 @@ DOWNLOADED = (
 _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CONVERT = (
-    "convert it where torch is installed: "
-    "`AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)` of transformers writes safetensors"
+    "convert it where torch is installed: `{}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)` of {} writes safetensors, where"
+    " {} stands for the task's class"
 )
 
 
@@ -209,7 +215,12 @@ class Tensors(Mapping[str, np.ndarray]):
         else:
             other = [name for name in OTHER_WEIGHTS if (self.folder / name).is_file()]
             found = f"only {', '.join(other)}" if other else "no weights"
-            raise UserError(f"{self.folder} has no {self._name}, {found}; {_CONVERT}")
+            of = (
+                ("AutoPeftModelFor...", "peft")
+                if self._name.startswith("adapter")
+                else ("AutoModelFor...", "transformers")
+            )
+            raise UserError(f"{self.folder} has no {self._name}, {found}; {_CONVERT.format(*of, '...')}")
 
     def _open_file(self, name: str) -> Iterable[str]:
         path = inside(self.folder / name)

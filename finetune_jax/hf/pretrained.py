@@ -115,8 +115,12 @@ def _labels(fields: Mapping[str, Any], where: str) -> tuple[tuple[str, ...] | No
         for label, index in label2id.items():
             if type(index) is not int or not 0 <= index < count or labels[index] != label:
                 raise UserError(f"{where}: label2id gives {label!r} the id {index!r}, id2label another")
-    placeholders = tuple(f"LABEL_{index}" for index in range(count))
-    return (None if labels == placeholders else labels), count
+    return (None if labels == placeholders(count) else labels), count
+
+
+def placeholders(count: int) -> tuple[str, ...]:
+    """HF's names of so many labels that nobody named."""
+    return tuple(f"LABEL_{index}" for index in range(count))
 
 
 def load_params(

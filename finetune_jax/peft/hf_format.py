@@ -252,8 +252,8 @@ def read_adapter(folder: Path, family: Family) -> Adapter:
         )
     if str(fields.get("init_lora_weights", "")).lower().startswith(_INIT_BY_BASE):
         raise UserError(
-            f"{folder}: init_lora_weights {fields['init_lora_weights']!r} changes the base model too; save it with peft's"
-            " path_initial_model_for_weight_conversion"
+            f"{folder}: init_lora_weights {fields['init_lora_weights']!r} changes the base model too; merge both with peft's"
+            " merge_and_unload().save_pretrained(NEW_FOLDER), and open that"
         )
     params: dict[str, np.ndarray] = {}
     forward = set()
@@ -297,10 +297,12 @@ def _config_of(
         return dataclasses.replace(config, width=widths[0] if widths else 1, placement=placement)
     if method == "ia3":
         return dataclasses.replace(config, feedforward=_exactly(forward) or NOWHERE)
+    rank = _number(fields, "r" if method == "lora" else "init_r", 8, folder)
+    alpha = _number(fields, "lora_alpha", 8, folder)
     return dataclasses.replace(
         config,
-        rank=_number(fields, "r" if method == "lora" else "init_r", 8, folder),
-        alpha=float(_number(fields, "lora_alpha", 8, folder)),
+        rank=rank,
+        alpha=float(rank if method == "adalora" and not alpha else alpha),  # as peft reads a 0 there
         dropout=float(_number(fields, "lora_dropout", 0.0, folder)),
         rslora=method == "lora" and fields.get("use_rslora") is True,
         dora=method == "lora" and fields.get("use_dora") is True,
@@ -393,7 +395,14 @@ def _ours(family: Family, method: str, key: str, value: np.ndarray, folder: Path
         made = transform.from_hf(value)
         return f"{layer}/{name}", made[0, 0] if made.ndim == 4 and name == "lora_b" else made
     row = family.names.from_hf(bare)
-    if row is None or (method != "bottleneck" and not re.fullmatch(family.head, row[0])):
+    if row is not None and method != "bottleneck" and not re.fullmatch(family.head, row[0]):
+        raise UserError(
+            f"{folder}: {key} is of the model itself, of which an adapter brings the classifier only; merge both with peft's"
+            " merge_and_unload().save_pretrained(NEW_FOLDER), and open that"
+        )
+    if row is None and "lora_" in key:
+        raise UserError(f"{folder}: {key} is of a layer, or of a kind of LoRA, that is not supported")
+    if row is None:
         raise UserError(
             f"{folder}: a {family.prefix.removesuffix('.')} model has no place for the tensor {key}; is"
             " base_model_name_or_path of another kind of model?"

@@ -78,7 +78,7 @@ def install(model: nnx.Module, config: PeftConfig, family: str, head: str, key: 
         key: The one that the model was made from.
 
     Raises:
-        UserError: The method is not for this family, no layer is named, or a rank is over a layer's size.
+        UserError: The method is not for this family, or no layer is named.
     """
     if config.method == "none":
         return
@@ -139,20 +139,37 @@ def _made(config: PeftConfig, path: str, layer: Any, rngs: nnx.Rngs) -> nnx.Modu
         return Ia3Linear(layer, scales_input=scales_input(config, path))
     if config.method == "bottleneck":
         return _bottleneck(config, path, layer, rngs)
-    sizes = layer.kernel.shape
-    smaller = min(int(np.prod(sizes[:-1])), sizes[-1])
-    if config.rank > smaller:
-        raise UserError(f"peft.rank {config.rank} is over {smaller}, the smaller side of {path}; lower it")
     if isinstance(layer, Conv):
-        if config.dropout:
-            raise UserError(
-                f"peft.dropout {config.dropout} is for dense layers, {path} is a convolution; set it to 0"
-            )
         conv = AdaLoraConv if config.method == "adalora" else DoraConv if config.dora else LoraConv
         return conv(layer, config.rank, scale_of(config), rngs)
     dense = AdaLoraLinear if config.method == "adalora" else DoraLinear if config.dora else LoraLinear
     # The same name in every layer of a stack: they are traced as one.
     return dense(layer, config.rank, scale_of(config), config.dropout, re.sub(r".*/\d+/", "", path), rngs)
+
+
+def check_layers(config: PeftConfig, abstract: Mapping[str, Any]) -> None:
+    """What is asked of a recipe, and not of what somebody else trained.
+
+    Args:
+        config: The method.
+        abstract: Shapes of a model with its layers, by path.
+
+    Raises:
+        UserError: A rank is over a layer's size, or a convolution would need dropout.
+    """
+    if config.method not in ("lora", "adalora"):
+        return
+    for layer in adapted(abstract):
+        sizes = abstract[f"{layer}/kernel"].shape
+        smaller = min(int(np.prod(sizes[:-1])), sizes[-1])
+        if config.rank > smaller:
+            raise UserError(
+                f"peft.rank {config.rank} is over {smaller}, the smaller side of {layer}; lower it"
+            )
+        if config.dropout and len(sizes) == 4:
+            raise UserError(
+                f"peft.dropout {config.dropout} is for dense layers, {layer} is a convolution; set it to 0"
+            )
 
 
 def _bottleneck(config: PeftConfig, path: str, layer: Any, rngs: nnx.Rngs) -> nnx.Module:
