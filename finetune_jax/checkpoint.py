@@ -409,6 +409,10 @@ def not_a_run(folder: storage.Folder) -> UserError:
         return UserError(
             f"{folder} holds run folders and is none itself; name one, such as {folder}/{runs[0]}"
         )
+    if (folder / "manifest.json").is_file():
+        return UserError(
+            f"{folder} has no checkpoints any more: of a sweep's trials the best one keeps them; name that one, or train its words anew"
+        )
     return UserError(f"{folder} is not a run folder; name the --workdir of finetune-jax train")
 
 

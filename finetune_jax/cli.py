@@ -19,6 +19,8 @@ from finetune_jax.errors import UserError
 from finetune_jax.storage import Folder, place, write_output
 
 _RULE = set(" -─╭╮╰╯")
+PAIRS = ("adapters", "data.columns", "optim.rates", "task.class-weights")
+"""Options that take names and a value for each."""
 Overrides = Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -70,6 +72,8 @@ class Evaluate:
 
     READS: ClassVar[tuple[str, ...]] = ("data.", "mesh.", "evaluation.batch-size", "task.name")
     """Fields of the config, or beginnings of theirs."""
+    UNREAD: ClassVar[tuple[str, ...]] = ("data.text.", "data.image.")
+    """Of those, what only training reads: the model brings how its pixels are made."""
 
     model: tuple[str, ...]
     """A run folder, or a Hugging Face folder; of several, the averaged probabilities are scored."""
@@ -233,10 +237,10 @@ class Plan:
     """Instead of train.batch-size; auto finds the largest that fits, to within 3 %."""
     examples: int | None = None
     """Training examples, where the data are not here; then neither data nor tokenizer are opened."""
-    tokens: int = 128
-    """With --examples: word pieces of each."""
-    labels: int = 2
-    """With --examples: classes."""
+    tokens: int | None = None
+    """With --examples: word pieces of each; 128, or data.max-length where that is less."""
+    labels: int | None = None
+    """With --examples: classes; 2."""
     output: str | None = None
     """JSON file for all figures."""
     overrides: Overrides = dataclasses.field(default_factory=Config)
@@ -249,7 +253,14 @@ class Plan:
         from finetune_jax.plan_report import as_json, report
 
         output = None if self.output is None else writable(self.output)
-        workload = None if self.examples is None else Workload(self.examples, self.tokens, self.labels)
+        workload = None
+        if self.examples is not None:
+            tokens = min(128, self.overrides.data.max_length) if self.tokens is None else self.tokens
+            workload = Workload(self.examples, tokens, 2 if self.labels is None else self.labels)
+        elif self.tokens is not None or self.labels is not None:
+            raise UserError(
+                "--tokens and --labels go with --examples: data that are here say both; leave them out"
+            )
         found = plan(self.overrides, self.target, self.batch_size, workload)
         print("\n\n".join(report(estimate, tried) for estimate, tried in found))
         if output is not None:
@@ -298,6 +309,14 @@ class RangeTest:
     """Of the last one."""
     steps: int = 100
     """Updates."""
+    UNREAD: ClassVar[tuple[str, ...]] = (
+        "train.steps",
+        "train.epochs",
+        "optim.learning-rate",
+        "optim.schedule",
+        "optim.warmup-",
+    )
+    """Fields of the config, or beginnings of theirs, in whose place the options above stand."""
     overrides: Overrides = dataclasses.field(default_factory=Config)
 
     def __call__(self) -> int:
@@ -396,8 +415,8 @@ def parse(argv: list[str]) -> Command:
     else:
         defaults = {}
     check_names(words, own)
-    if name == "evaluate":
-        check_read(words)
+    check_read(name, words)
+    check_pairs(words)
     made = tyro_cli(command, words, f"finetune-jax {name}", defaults)
     return _merged(made, recipe.model.hf_config) if defaults else made
 
@@ -492,18 +511,40 @@ def check_names(words: list[str], known: list[str]) -> None:
             raise UserError(f"unknown option {word}{nearest(option, known).replace('mean ', 'mean --')}")
 
 
-def check_read(words: list[str]) -> None:
+def check_read(name: str, words: list[str]) -> None:
     """
     Raises:
-        UserError: An option of a config that `evaluate` does not read.
+        UserError: An option of a config that a command does not read.
     """
     for word in words:
         option = word[2:].split("=", 1)[0].replace("_", "-")
-        if word.startswith("--") and option in field_paths() and not option.startswith(Evaluate.READS):
+        if not word.startswith("--") or option not in field_paths():
+            continue
+        if name == "evaluate" and (
+            not option.startswith(Evaluate.READS) or option.startswith(Evaluate.UNREAD)
+        ):
             raise UserError(
                 f"evaluate does not read {word}: a model is measured as it was made; leave it out"
-                f" (it reads {', '.join(Evaluate.READS)})"
+                f" (it reads {', '.join(Evaluate.READS)} without {', '.join(Evaluate.UNREAD)})"
             )
+        if name == "range-test" and option.startswith(RangeTest.UNREAD):
+            raise UserError(
+                f"range-test does not read {word}: its own --lowest, --highest and --steps say rates and updates; leave it out"
+            )
+
+
+def check_pairs(words: list[str]) -> None:
+    """
+    Raises:
+        UserError: An option that takes pairs has a name twice, of which one would be lost.
+    """
+    for begin, option in enumerate(words):
+        if option.removeprefix("--").replace("_", "-") not in PAIRS:
+            continue
+        given = list(itertools.takewhile(lambda word: not word.startswith("--"), words[begin + 1 :]))
+        names = given[::2]
+        if again := next((name for number, name in enumerate(names) if name in names[:number]), None):
+            raise UserError(f"{option} names {again} more than once; name each once")
 
 
 def tyro_cli(command, words: list[str], program: str, defaults: dict[str, Config]):

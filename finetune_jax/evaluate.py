@@ -11,7 +11,7 @@ import numpy as np
 from finetune_jax import metrics, storage
 from finetune_jax.checkpoint import not_a_run, runs_in
 from finetune_jax.compiling import compile_all
-from finetune_jax.config import Config, load_saved
+from finetune_jax.config import Config, ModelConfig, TaskConfig, load_saved
 from finetune_jax.data.packing import Batching
 from finetune_jax.data.pipeline import (
     Batches,
@@ -25,6 +25,7 @@ from finetune_jax.ensemble import averaged, members
 from finetune_jax.errors import UserError
 from finetune_jax.hf.pretrained import placeholders
 from finetune_jax.job import CONFIG_FILE, Job, is_run
+from finetune_jax.limits import validate
 from finetune_jax.sharding import batch_parts
 from finetune_jax.step import abstract_batch, lower_forward, make_features, make_forward
 from finetune_jax.tasks import TASKS
@@ -177,6 +178,7 @@ def open_splits(
     config = config or own
     if config is None:
         raise UserError(f"{models[0]} is not a run folder: say which data with --config")
+    _check_read(config)
     # Each run reads as far as it learned to, unless the config says something else than the first one's.
     asked = config.data.max_length
     max_length = None if own is not None and own.data.max_length == asked else asked
@@ -195,6 +197,15 @@ def open_splits(
             config,
         )
         del weights  # before the next model's are placed
+
+
+def _check_read(config: Config) -> None:
+    """
+    Raises:
+        UserError: What a measurement reads of a recipe is out of its limits; the rest may be of a run of long ago.
+    """
+    task, model = TaskConfig(name=config.task.name), ModelConfig(family=config.model.family)
+    validate(Config(task=task, model=model, data=config.data, evaluation=config.evaluation, mesh=config.mesh))
 
 
 def records_of(config: Config, job: Job, split: str) -> tuple[Records, tuple[str, ...] | None]:

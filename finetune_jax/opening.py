@@ -146,7 +146,13 @@ def open_adapter(folder: Path, base: Checkpoint | None = None) -> tuple[hf_forma
                 f"{folder} does not name its model; set base_model_name_or_path in {hf_format.CONFIG_FILE}"
             )
         here = Path(source).expanduser().is_dir()  # whose files are of no revision
-        base = open_whole(source, revision if isinstance(revision, str) and not here else None)
+        try:
+            base = open_whole(source, revision if isinstance(revision, str) and not here else None)
+        except UserError as error:
+            raise UserError(
+                f"{folder} is an adapter for {source}: {error}; set base_model_name_or_path in its {hf_format.CONFIG_FILE}, or name the"
+                f" model: predict --model MODEL --adapters NAME {folder}"
+            ) from error
     adapter = hf_format.read_adapter(folder, PRETRAINED[base.family])
     own_inputs = ("tokenizer.json", "vocab.txt") if base.family == "bert" else (PREPROCESSOR_FILE,)
     if any((folder / name).is_file() for name in own_inputs):
@@ -252,6 +258,10 @@ def _task_of(checkpoint: Checkpoint, model_config: Any, max_length: int | None, 
                 raise UserError(
                     f"{checkpoint.source} has {model_config.max_position_embeddings} positions, and {taken} virtual tokens leave {limit}:"
                     f" a text takes {_SHORTEST} and more"
+                )
+            if max_length is not None and max_length > limit:
+                say(
+                    f"data.max-length {max_length} is over the {limit} positions of {checkpoint.source}: texts are read up to there"
                 )
             length = min(max_length or tokenizer.max_length or limit, limit)
             values |= {"tokenizer": tokenizer, "max_length": length, "cache": None}

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from finetune_jax import signals
 from finetune_jax.config import Config
 from finetune_jax.data.pipeline import Batches, Examples, ImageExamples, evaluation_shape, train_shape
 from finetune_jax.data.sources import cache_root
@@ -71,6 +72,19 @@ class Workload:
     """Word pieces of an example; of images ignored."""
     labels: int
     """Classes."""
+
+    def check(self, max_length: int) -> None:
+        """
+        Raises:
+            UserError: A number is below 1, or the texts are longer than what is read of one.
+        """
+        for name in ("examples", "tokens", "labels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, must be at least 1")
+        if self.tokens > max_length:
+            raise UserError(
+                f"--tokens is {self.tokens}, of which data.max-length {max_length} leaves less; lower it, or raise that"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +199,9 @@ def plan(
     """
     if not targets:
         raise UserError("plan needs a --target, such as v5e:4x4 or h100:8")
+    signals.phase("planning")
+    if workload is not None:
+        workload.check(config.data.max_length)
     machines = [(target, devices_of(target)) for target in map(parse_target, targets)]
     if isinstance(batch_size, int):
         config = _with(config, "train.batch_size", batch_size)

@@ -50,8 +50,10 @@ def predict_file(source: str, output: Path | None, answer: Answer) -> int:
         pairs = list(read_lines(sys.stdin.buffer, "standard input"))
     else:
         file = Path(source).expanduser()
-        if not file.is_file():
-            raise UserError(f"input {source} does not exist")
+        if not file.exists() or file.is_dir():
+            raise UserError(
+                f"input {source} {'is a folder, not a file of lines' if file.is_dir() else 'does not exist'}"
+            )
         with file.open("rb") as stream:
             pairs = list(read_lines(stream, source))
     made = answer([row for _, row in pairs], [place for place, _ in pairs])

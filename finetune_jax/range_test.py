@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from finetune_jax import signals
 from finetune_jax.compiling import compile_all, use_cache
 from finetune_jax.config import Config
 from finetune_jax.data.pipeline import Reading, device_batches
@@ -65,6 +66,7 @@ def range_test(
     if steps < 10:
         raise UserError(f"range-test --steps is {steps}, must be at least 10")
     pyplot = _pyplot()
+    signals.phase("preparing")
     config, folder = validate(config), place(workdir)
     if (folder / "manifest.json").is_file():
         raise UserError(f"{folder} is a run folder; name another --workdir for what the test writes")
@@ -82,6 +84,7 @@ def range_test(
     job, batches = setup.job, setup.batches
     setup = dataclasses.replace(setup, updates=make_updates(config, job, steps, schedule))
     update = make_train_step(job.task, job.parts, setup.updates, config.train.accumulation)
+    signals.phase("compiling")
     programs = compile_all(
         {
             length: lower_train_step(
@@ -90,6 +93,7 @@ def range_test(
             for length in batches.lengths
         }
     )
+    signals.phase("trying rates")
     state = first_state(setup)
     rates, losses = [], []
     for step, batch in enumerate(device_batches(batches, job.mesh, 0, Reading.of(config.data))):

@@ -107,6 +107,9 @@ def evaluate_and_try(
         raise UserError(
             f"--robustness-masked-lm replaces words of texts; {model} reads pixels or virtual tokens; leave it out"
         )
+    plain = Robustness()
+    if job.family != "bert" and (options.rates, options.seed) != (plain.rates, plain.seed):
+        raise UserError(f"--robustness-rates and -seed are of words; {model} reads pixels; leave them out")
     radius = RADIUS[job.family] if options.radius is None else options.radius
     examples = opened.examples()
     clean = evaluate(opened.forward(examples), job, examples, opened.weights)

@@ -1,7 +1,7 @@
 """The mean of the weights of several runs, as one model (model soups, Wortsman et al. 2022, arXiv:2203.05482)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune_jax import __version__, metrics, signals, storage
 from finetune_jax.checkpoint import not_a_run
-from finetune_jax.config import MeshConfig, load_saved
+from finetune_jax.config import Config, MeshConfig, load_saved
 from finetune_jax.ensemble import members
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Opened, evaluate, records_of
@@ -36,7 +36,8 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
         greedy: Keep a run only where it does not harm.
 
     Returns:
-        `metric`, `candidates` (each run's value), `chosen` runs and the `value` of their mean, all on validation.
+        `metric`, `candidates` (each run's value), `chosen` runs and the `value` of their mean, all on validation; None where there is
+        no validation split, which `greedy` needs.
 
     Raises:
         UserError: A run is none or of another kind, or there is nothing to choose by.
@@ -45,7 +46,8 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
         raise UserError(f"{output} exists already; name a new folder or remove it")
     if len(runs) < 2:
         raise UserError(f"a soup needs at least 2 runs, not {len(runs)}; name more with --runs")
-    if again := next((run for number, run in enumerate(runs) if run in runs[:number]), None):
+    places = [str(_real(run)) for run in runs]
+    if again := next((run for number, run in enumerate(runs) if places[number] in places[:number]), None):
         raise UserError(f"--runs names {again} more than once; name each once")
     for run in runs:
         if not is_run(storage.place(run)):
@@ -69,22 +71,18 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
             f"{different[0]} has weights of other shapes than {runs[0]}; a soup needs runs of one model"
         )
     metric = config.evaluation.metric or plain.task.metric
-    records, _ = records_of(config, plain, "validation")
-    opened = Opened(plain, {}, records, config)
-    examples = opened.examples()
-    forward = opened.forward(examples)
-
-    def value_of(chosen: Sequence[int]) -> float:
-        mean = place_weights(mean_of([found[number][1] for number in chosen]), plain.shardings)
-        return float(evaluate(forward, plain, examples, mean).metrics[metric])
-
-    alone = [value_of([number]) for number in range(len(runs))]
-    chosen = pick(alone, value_of, metric) if greedy else list(range(len(runs)))
+    value_of, chosen = (
+        _measuring(config, plain, [flat for _, flat in found], metric, greedy),
+        list(range(len(runs))),
+    )
+    alone = [] if value_of is None else [value_of([number]) for number in chosen]
+    if greedy:
+        chosen = pick(alone, value_of, metric)
     result = {
         "metric": metric,
-        "candidates": dict(zip(runs, alone, strict=True)),
+        "candidates": dict(zip(runs, alone or [None] * len(runs), strict=True)),
         "chosen": [runs[number] for number in chosen],
-        "value": value_of(chosen),
+        "value": None if value_of is None else value_of(chosen),
         "greedy": greedy,
     }
     with whole_folder(output) as draft:
@@ -94,6 +92,38 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
         (draft / CARD_FILE).write_text(_card(plain, result), encoding="utf-8")
     say(json.dumps(result, indent=2))
     return result
+
+
+def _real(run: str) -> storage.Folder:
+    """Where a run lies, however it is named."""
+    folder = storage.place(run)
+    return folder.resolve() if isinstance(folder, Path) else folder
+
+
+def _measuring(
+    config: Config, plain: Job, found: Sequence[Flat], metric: str, greedy: bool
+) -> Callable[[Sequence[int]], float] | None:
+    """Numbers of runs -> value of the mean of their weights on validation; None where there is none, which the mean does not need.
+
+    Raises:
+        UserError: It is to choose among the runs.
+    """
+    try:
+        records, _ = records_of(config, plain, "validation")
+    except UserError as error:
+        if greedy:
+            raise UserError(f"--greedy chooses by validation: {error}; leave it out") from error
+        say(f"the mean is not measured on validation: {error}")
+        return None
+    opened = Opened(plain, {}, records, config)
+    examples = opened.examples()
+    forward = opened.forward(examples)
+
+    def value_of(chosen: Sequence[int]) -> float:
+        mean = place_weights(mean_of([found[number] for number in chosen]), plain.shardings)
+        return float(evaluate(forward, plain, examples, mean).metrics[metric])
+
+    return value_of
 
 
 def pick(alone: Sequence[float], value_of: Any, metric: str) -> list[int]:
@@ -135,6 +165,8 @@ def _card(job: Job, result: dict[str, Any]) -> str:
         f"The mean of the weights of {len(result['chosen'])} runs ({kind} soup), finetune_jax {__version__}.",
         "",
     ]
+    if result["value"] is None:
+        return "\n".join([*lines, *(f"- {Path(run).name}" for run in result["chosen"]), ""])
     lines += [f"Validation {result['metric']}: {result['value']:.4f}.", ""]
     lines += [f"| run | validation {result['metric']} | in the mean |", "|---|---|---|"]
     for run, value in result["candidates"].items():

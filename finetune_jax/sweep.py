@@ -32,6 +32,18 @@ _REFUSED = 10
 _FIRST_TRIALS = 5
 """Trials before the first that may be pruned: fewer say too little of what is usual."""
 
+_ALIKE = (
+    "evaluation.metric",
+    "task.name",
+    "data.source",
+    "data.name",
+    "data.path",
+    "data.validation",
+    "data.validation-fraction",
+    "data.test-fraction",
+    "data.split-seed",
+)
+"""Fields that say what trials are compared by, and on which examples."""
 Suggest = Callable[[Any], Mapping[str, Any]]
 """An Optuna trial -> values by dotted config path."""
 
@@ -99,7 +111,16 @@ def sweep(
                     say(f"trial {trial.number} was killed twice before it saved anything")
                     study.tell(trial, state=states.FAIL)
                     continue
-            values = suggested(suggest, trial, space)
+            try:
+                values = suggested(suggest, trial, space)
+            except optuna.TrialPruned as error:  # values that do not go together, as a space says it
+                say(f"trial {trial.number}: {space} prunes it: {error}")
+                study.tell(trial, state=states.PRUNED)
+                continue
+            except UserError:
+                if _count_in_vain(trial, run):
+                    study.tell(trial, state=states.FAIL)
+                raise
             say(f"trial {trial.number}, {trial.number + 1} of {trials}: {_words(values)}")
             own = None
             try:
@@ -277,10 +298,13 @@ def suggested(suggest: Suggest, trial: Any, space: str | os.PathLike[str]) -> di
     """Values by dotted path, as the space file has them for a trial.
 
     Raises:
-        UserError: It fails, returns something else, or names a field that there is not.
+        TrialPruned: Optuna's, which the space raised: its values do not go together.
+        UserError: It fails, returns something else, or names a field that there is not, or one in which trials must be alike.
     """
     try:
         values = suggest(trial)
+    except _optuna().TrialPruned:
+        raise
     except Exception as error:
         raise UserError(f"{space}: suggest fails: {type(error).__name__}: {error}") from error
     if not isinstance(values, Mapping) or not values:
@@ -290,6 +314,10 @@ def suggested(suggest: Suggest, trial: Any, space: str | os.PathLike[str]) -> di
     for path in found:
         if path not in known:
             raise UserError(f"{space}: there is no config field {path}{nearest(path, known)}")
+        if path in _ALIKE:
+            raise UserError(
+                f"{space}: trials with another {path} do not compare; set it on the command line, or in the recipe"
+            )
     return found
 
 

@@ -3,15 +3,18 @@
 import ast
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from finetune_jax import cli
 from finetune_jax import config as config_module
+from finetune_jax import train as loop
 from finetune_jax.config import Config, field_paths, from_dict, load_recipe, to_dict
 from finetune_jax.errors import UserError
 from finetune_jax.limits import validate
@@ -202,6 +205,10 @@ def test_bad_rows_name_their_place(row, message, tmp_path, recipe, capsys):
         (['["a"]'], "in.jsonl:1: a line must be a JSON object"),
         (['{"text": "a"}', '{"text_a": "a", "text_b": "b"}'], "in.jsonl:2: fields differ from"),
         ([b"\xff".decode("latin-1")], "in.jsonl:1: not UTF-8 at byte 0"),
+        (
+            ['{"text": "the cat \\ud800"}'],
+            "in.jsonl:1: text holds half a surrogate pair at character 8; mend the escape",
+        ),
     ],
 )
 def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
@@ -230,6 +237,45 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
         (["predict", "--model", "/nowhere"], "/nowhere"),
         (["predict", "--model", "{run}", "--step", "3"], "no checkpoint of step 3"),
         (["predict", "--model", "{run}", "--input", "/nowhere"], "input /nowhere does not exist"),
+        (["predict", "--model", "{run}", "--input", "{run}"], "is a folder, not a file of lines"),
+        (
+            ["predict", "--model", "m", "--adapters", "a", "x", "a", "y"],
+            "--adapters names a more than once; name each once",
+        ),
+        (
+            ["train", "--workdir", "x", "--optim.rates", "head", "10", "pooler", "1", "head", "5"],
+            "--optim.rates names head more than once",
+        ),
+        (
+            ["evaluate", "--model", "{run}", "--evaluation.batch-size", "0"],
+            "evaluation.batch-size is 0, must be at least 1",
+        ),
+        (
+            ["evaluate", "--model", "{run}", "--data.max-length", "4"],
+            "data.max-length is 4, must be at least 8",
+        ),
+        (
+            ["evaluate", "--model", "{run}", "--data.text.word-dropout", "0.1"],
+            "evaluate does not read --data.text.word-dropout",
+        ),
+        (
+            ["range-test", "--workdir", "x", "--train.steps", "9"],
+            "range-test does not read --train.steps: its own --lowest, --highest and --steps",
+        ),
+        (
+            ["range-test", "--workdir", "x", "--optim.warmup-steps=9"],
+            "range-test does not read --optim.warmup-steps=9",
+        ),
+        (["plan", "--target", "v5e:1x1", "--examples", "0"], "--examples is 0, must be at least 1"),
+        (
+            ["plan", "--target", "v5e:1x1", "--examples", "9", "--labels", "-3"],
+            "--labels is -3, must be at least 1",
+        ),
+        (
+            ["plan", "--target", "v5e:1x1", "--examples", "9", "--tokens", "999"],
+            "--tokens is 999, of which data.max-length 128 leaves less",
+        ),
+        (["plan", "--target", "v5e:1x1", "--tokens", "9"], "--tokens and --labels go with --examples"),
         (["evaluate", "--model", "{run}", "--splt", "test"], "unknown option --splt; did you mean --split?"),
         (["export", "--run", "{run}", "--output", "{run}"], "exists already"),
         *[
@@ -314,6 +360,29 @@ def test_bad_commands(words, message, run, capsys):
     said = capsys.readouterr().err.strip()
     assert message in said
     assert said.count("\n") == 0
+
+
+def test_words_of_a_prediction_are_looked_at(tmp_path, capsys):
+    """As those of the data are."""
+    config = tiny.config_of("token", tmp_path, steps=1)
+    loop.train(config, tmp_path / "run")
+    for words, message in (
+        ('["\\ud800", "cat"]', "in.jsonl:1: token 1 holds half a surrogate pair at character 0"),
+        ('["a", ""]', "in.jsonl:1: token 2 is empty; leave it out"),
+    ):
+        (tmp_path / "in.jsonl").write_text(f'{{"tokens": {words}}}\n')
+        assert call("predict", "--model", tmp_path / "run", "--input", tmp_path / "in.jsonl") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_lines_come_through_a_pipe(run, tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('{"text": "the cat"}\n',))
+    writer.start()
+    assert call("predict", "--model", run, "--input", pipe) == 0
+    writer.join()
+    assert json.loads(capsys.readouterr().out)["label"] in ("no", "yes")
 
 
 def test_a_recipe_that_fails_is_named(tmp_path):

@@ -196,6 +196,8 @@ def test_entities_have_their_own_figure_and_images_no_noise(runs, capsys):
     words = ["--robustness", "--robustness-steps", "2", "--robustness-radius", "120"]
     assert call("evaluate", "--model", runs("image"), *words) == 0
     robust = json.loads(capsys.readouterr().out)["robustness"]
+    assert call("evaluate", "--model", runs("image"), *words, "--robustness-rates", "0.5") == 2
+    assert "--robustness-rates and -seed are of words" in capsys.readouterr().err
     assert list(robust) == ["radius", "steps", "clean", "fgm", "pgd"]
     assert robust["pgd"]["accuracy"] < robust["clean"]["accuracy"] - 0.2
 

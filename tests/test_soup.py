@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -107,12 +108,35 @@ def test_the_command(runs, tmp_path, capsys):
             np.testing.assert_allclose(value, np.mean([flat[path] for flat in chosen], 0), atol=1e-6)
 
 
+def test_a_mean_needs_no_validation(runs, tmp_path, capsys):
+    """A choice does."""
+    folder = tmp_path / "runs"
+    for number in (0, 1):
+        shutil.copytree(runs[number], folder / f"run-{number}")
+        file = folder / f"run-{number}/config.json"
+        fields = json.loads(file.read_text())
+        fields["data"]["validation"] = None
+        file.write_text(json.dumps(fields))
+    chosen = [str(folder / "run-0"), str(folder / "run-1")]
+    with pytest.raises(
+        UserError, match=r"--greedy chooses by validation: there is no split validation.*; leave it out"
+    ):
+        soup(chosen, tmp_path / "greedy", greedy=True)
+    assert not (tmp_path / "greedy").exists()
+    result = soup(chosen, tmp_path / "mean")
+    assert result["value"] is None
+    assert "the mean is not measured on validation" in capsys.readouterr().err
+    assert_mean(tmp_path / "mean", [open_model(run)[1] for run in chosen])
+    assert "- run-1" in (tmp_path / "mean/README.md").read_text()
+
+
 def test_what_makes_no_soup_is_said(runs, tmp_path):
     other = config_of("token", tmp_path, steps=1)
     loop.train(other, tmp_path / "token", devices=jax.devices()[ONE])
     for chosen, message in (
         (runs[ONE], r"a soup needs at least 2 runs, not 1"),
         ([runs[0], runs[0]], r"--runs names .* more than once; name each once"),
+        ([runs[0], f"{runs[0]}/../run-0/"], r"--runs names .* more than once; name each once"),
         ([runs[0], str(tmp_path)], r"holds run folders and is none itself"),
         ([runs[0], str(tmp_path / "token")], r"all must be of one kind"),
     ):

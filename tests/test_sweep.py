@@ -17,6 +17,7 @@ from finetune_jax import cli
 from finetune_jax import train as loop
 from finetune_jax.config import Config
 from finetune_jax.errors import UserError
+from finetune_jax.soup import soup
 from finetune_jax.storage import hold
 from finetune_jax.sweep import applied, load_space, suggested, sweep
 from tests.tiny import assert_same_bits, config_of, saved
@@ -314,6 +315,26 @@ def test_values_that_are_refused_fail_and_the_next_trial_runs(wrong, tmp_path, m
     assert states(tmp_path / "w")[3:5] == ["FAIL", "FAIL"]
 
 
+def test_what_a_space_leaves_out_is_pruned(tmp_path, capsys):
+    """As Optuna's own spaces say it; a space that fails for a trial is tried twice and stands before no other."""
+    config, devices = config_of("text", tmp_path, steps=2), jax.devices()[ONE]
+    body = """import optuna
+    if trial.number == 1: raise optuna.TrialPruned("a pair that does not go together")
+    if trial.number == 2: raise KeyError("none")
+    return {"optim.learning-rate": 0.01}"""
+    file = space(tmp_path, body)
+    for _ in range(2):
+        with pytest.raises(UserError, match="suggest fails: KeyError: 'none'"):
+            sweep(config, file, tmp_path / "w", 4, devices=devices)
+    found = sweep(config, file, tmp_path / "w", 4, devices=devices)
+    assert [row["state"] for row in found["trials"]] == ["complete", "pruned", "fail", "complete"]
+    assert "prunes it: a pair that does not go together" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"trial-3 has no checkpoints any more: of a sweep's trials the best one keeps"
+    ):
+        soup([str(tmp_path / "w/trial-0"), str(tmp_path / "w/trial-3")], tmp_path / "soup")
+
+
 def test_a_folder_of_runs_is_no_place_for_a_sweep(tmp_path):
     config, devices = config_of("text", tmp_path, steps=1), jax.devices()[ONE]
     loop.train(config, tmp_path / "w/seed-0", devices=devices)
@@ -373,6 +394,8 @@ def test_the_words_of_a_trial_are_those_of_the_train_command():
         ('return {"optim.learning-rat": 1.0}', r"there is no config field optim.learning-rat; did you mean optim.learning-rate\?"),
         ("return {}", r"suggest returns {}, must return values by config path"),
         ("return 1 / 0", r"suggest fails: ZeroDivisionError: division by zero"),
+        ('return {"evaluation.metric": "loss"}', r"trials with another evaluation.metric do not compare; set it on the command line, or in the recipe"),
+        ('return {"data.split_seed": 3}', r"trials with another data.split-seed do not compare"),
         ('return {"train.batch-size": 0}', r"train.batch-size is 0, must be at least 1"),
         ('return {"optim.name": "adam"}', r"optim.name: Input should be"),
     ],

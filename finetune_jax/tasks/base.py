@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from scipy.special import logsumexp
 
+from finetune_jax.data.builders.roles import sound_text
 from finetune_jax.data.features import FEATURES
 from finetune_jax.data.pipeline import Examples
 from finetune_jax.errors import UserError
@@ -324,8 +325,8 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
     """A field that must be text.
 
     Raises:
-        UserError: It is missing or not a string.
+        UserError: It is missing, not a string, or half a surrogate pair is in it.
     """
     if not isinstance(row.get(name), str):
         raise UserError(f"{where}: field {name!r} must be text, fields are {sorted(row)}")
-    return row[name]
+    return sound_text(row[name], f"{where}: {name}")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from finetune_jax import metrics
+from finetune_jax.data.builders.roles import sound_text
 from finetune_jax.data.text import TextFeatures, token_features
 from finetune_jax.data.words import WORD
 from finetune_jax.errors import UserError
@@ -104,6 +105,9 @@ class TokenClassification(ClassTask, TextTask):
         words = row["tokens"]
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise UserError(f"{where}: field 'tokens' must be a list of words")
+        for number, word in enumerate(words):
+            if not sound_text(word, f"{where}: token {number + 1}"):
+                raise UserError(f"{where}: token {number + 1} is empty; leave it out")
         ends = np.cumsum([len(word) + 1 for word in words]).tolist()
         spans = [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
         return {"text": " ".join(words), "tokens": words, "spans": spans}

@@ -225,6 +225,12 @@ def test_the_name_of_a_model_in_a_file(tmp_path, monkeypatch):
     assert len(ours(tmp_path / "adapter")) == len(ROWS)
     monkeypatch.setenv("SECRET", "s3cr3t")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    edit(file, base_model_name_or_path=str(tmp_path / "moved"))
+    with pytest.raises(
+        UserError,
+        match=r"adapter is an adapter for .*moved: .*; set base_model_name_or_path in its adapter_config.json, or name",
+    ):
+        open_model(str(tmp_path / "adapter"))
     edit(file, base_model_name_or_path="somebody/$SECRET")
     with pytest.raises(UserError) as error:
         open_model(str(tmp_path / "adapter"))

@@ -99,7 +99,11 @@ def _example(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> 
     return example
 
 
-def _text(value: Any, where: str) -> str:
+def sound_text(value: Any, where: str) -> str:
+    """
+    Raises:
+        UserError: It is no text, or none that UTF-8 has a form of.
+    """
     if not isinstance(value, str):
         raise UserError(f"{where} is {_shown(value)}; it must be text")
     try:
@@ -118,7 +122,7 @@ def _label(value: Any, where: str) -> str:
         return str(value)
     if not isinstance(value, str) or not value:
         raise UserError(f"{where} is {_shown(value)}; a label is text or a whole number, and not empty")
-    return _text(value, where)
+    return sound_text(value, where)
 
 
 def _score(value: Any, where: str) -> float:
@@ -135,7 +139,7 @@ def _tokens(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or not value:
         raise UserError(f"{where} is {_shown(value)}; it must be a list of words, and not empty")
     for token in value:
-        if not _text(token, f"{where} item"):
+        if not sound_text(token, f"{where} item"):
             raise UserError(f"{where} holds an empty token")
     return value
 
@@ -152,7 +156,7 @@ def check_tag(tag: Any, where: str) -> None:
     """Raises UserError where a tag is not of the BIO scheme."""
     if not isinstance(tag, str) or not TAG.fullmatch(tag):
         raise UserError(f"{where} holds {_shown(tag)}; a tag is O, B-TYPE or I-TYPE")
-    _text(tag, where)
+    sound_text(tag, where)
 
 
 def _shown(value: Any) -> str:
@@ -161,9 +165,9 @@ def _shown(value: Any) -> str:
 
 
 _CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "text": _text,
-    "text_a": _text,
-    "text_b": _text,
+    "text": sound_text,
+    "text_a": sound_text,
+    "text_b": sound_text,
     "label": _label,
     "score": _score,
     "tokens": _tokens,
