@@ -178,7 +178,8 @@ def open_splits(
     config = config or own
     if config is None:
         raise UserError(f"{models[0]} is not a run folder: say which data with --config")
-    _check_read(config)
+    if config != own:
+        _check_read(config)
     # Each run reads as far as it learned to, unless the config says something else than the first one's.
     asked = config.data.max_length
     max_length = None if own is not None and own.data.max_length == asked else asked
@@ -202,7 +203,7 @@ def open_splits(
 def _check_read(config: Config) -> None:
     """
     Raises:
-        UserError: What a measurement reads of a recipe is out of its limits; the rest may be of a run of long ago.
+        UserError: What a measurement reads of a recipe is out of its limits.
     """
     task, model = TaskConfig(name=config.task.name), ModelConfig(family=config.model.family)
     validate(Config(task=task, model=model, data=config.data, evaluation=config.evaluation, mesh=config.mesh))

@@ -71,10 +71,8 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
             f"{different[0]} has weights of other shapes than {runs[0]}; a soup needs runs of one model"
         )
     metric = config.evaluation.metric or plain.task.metric
-    value_of, chosen = (
-        _measuring(config, plain, [flat for _, flat in found], metric, greedy),
-        list(range(len(runs))),
-    )
+    chosen = list(range(len(runs)))
+    value_of = _measuring(config, plain, [flat for _, flat in found], metric, greedy)
     alone = [] if value_of is None else [value_of([number]) for number in chosen]
     if greedy:
         chosen = pick(alone, value_of, metric)
