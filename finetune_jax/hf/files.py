@@ -47,7 +47,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CONVERT = (
     "convert it where torch is installed: `{}.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)` of {} writes safetensors, where"
-    " {} stands for the task's class"
+    " ... names the task"
 )
 
 
@@ -220,7 +220,7 @@ class Tensors(Mapping[str, np.ndarray]):
                 if self._name.startswith("adapter")
                 else ("AutoModelFor...", "transformers")
             )
-            raise UserError(f"{self.folder} has no {self._name}, {found}; {_CONVERT.format(*of, '...')}")
+            raise UserError(f"{self.folder} has no {self._name}, {found}; {_CONVERT.format(*of)}")
 
     def _open_file(self, name: str) -> Iterable[str]:
         path = inside(self.folder / name)
