@@ -18,8 +18,8 @@ def losses_here(run: Run, scratch: Path) -> list[float]:
 
     from finetune_jax.cli import parse
     from finetune_jax.data.pipeline import Batches, Reading, device_batches, train_shape
+    from finetune_jax.prepare import first_state, prepare
     from finetune_jax.step import make_train_step
-    from finetune_jax.train import first_state, prepare
 
     words = ["train", "--workdir", str(scratch), "--config", str(HERE.parent / "configs" / RECIPES[run.task])]
     words += ["--data.path", str(run.data / run.task), "--data.cache-dir", str(scratch)]

@@ -24,8 +24,8 @@ import tyro
 
 from finetune_jax.cli import parse
 from finetune_jax.data.pipeline import Reading, device_batches
+from finetune_jax.prepare import first_state, prepare
 from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
-from finetune_jax.train import first_state, prepare
 
 # What a kernel computes, by the first pattern found in "operation result-shape jax-name".
 PARTS = (

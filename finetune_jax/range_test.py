@@ -16,10 +16,10 @@ from finetune_jax.data.sources import cache_root
 from finetune_jax.errors import UserError
 from finetune_jax.job import make_updates
 from finetune_jax.limits import validate
+from finetune_jax.prepare import first_state, prepare
 from finetune_jax.sharding import Devices
 from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
 from finetune_jax.storage import make, place, write_json
-from finetune_jax.train import first_state, prepare
 from finetune_jax.writers import say
 
 JSON_FILE, PICTURE_FILE = "range.json", "range.png"

@@ -15,10 +15,11 @@ from finetune_jax.config import Config, field_paths, from_dict, nearest, run_fil
 from finetune_jax.errors import UserError
 from finetune_jax.job import is_run, open_pretrained, open_source
 from finetune_jax.limits import validate
+from finetune_jax.prepare import deciding_metric
 from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
 from finetune_jax.storage import Folder, hold, in_bucket, make, place, remove, write_json
-from finetune_jax.train import Diverged, OnEvaluation, Pruned, Refused, Stopped, deciding_metric, train
+from finetune_jax.train import Diverged, OnEvaluation, Pruned, Refused, Stopped, train
 from finetune_jax.writers import say
 
 STUDY_FILE, SUMMARY_FILE = "study.db", "sweep.json"

@@ -1,12 +1,10 @@
-"""The loop. Read `train`, `prepare` and `fit` from top to bottom: that is the order in which things happen, and why.
+"""The loop. Read `train`, `prepare` (prepare.py) and `fit`: that is the order in which things happen, and why.
 
 Resume precedence: the run's own checkpoint > Hugging Face weights > random.
 """
 
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import resource
 import signal
@@ -15,55 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from finetune_jax import metrics, runtime, signals
+from finetune_jax.announce import announce, say_compiled
 from finetune_jax.checkpoint import CheckpointWriter, Progress
 from finetune_jax.compiling import recompilations, use_cache
 from finetune_jax.config import Config, to_dict
-from finetune_jax.data.features import CachedFeatures
-from finetune_jax.data.packing import RowShape
-from finetune_jax.data.pipeline import (
-    Batches,
-    Examples,
-    Reading,
-    Unreadable,
-    device_batches,
-    padding_share,
-    train_shape,
-)
-from finetune_jax.data.sources import Source, cache_root
+from finetune_jax.data.pipeline import Batches, Reading, Unreadable, device_batches, padding_share
+from finetune_jax.data.sources import cache_root
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Forward, Interrupted, evaluate
-from finetune_jax.job import (
-    Job,
-    abstract_state_of,
-    cached_width,
-    job_from_config,
-    make_updates,
-    open_pretrained,
-    open_source,
-    overruled_pixels,
-    pretrained_weights,
-)
 from finetune_jax.limits import validate
 from finetune_jax.meter import Meter, Trace
-from finetune_jax.optim import warmup_updates
+from finetune_jax.prepare import Setup, first_state, prepare
 from finetune_jax.programs import Programs
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder
-from finetune_jax.sharding import Devices, batch_parts, bytes_a_device
-from finetune_jax.state import (
-    TrainState,
-    create_state,
-    initial_weights,
-    parameter_counts,
-    parameter_table,
-)
-from finetune_jax.step import Updates
+from finetune_jax.sharding import Devices
+from finetune_jax.state import TrainState, parameter_counts
 from finetune_jax.storage import Folder, place, write_json
-from finetune_jax.synonyms import fingerprinted, with_synonyms
-from finetune_jax.tasks import TASKS
-from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.writers import Writer, say
 
 OF_ONE_HOST = ("data.path", "data.cache_dir", "data.threads", "data.workers")
@@ -140,109 +107,6 @@ def train(
         saver = CheckpointWriter(run, config.checkpoint.keep, config.checkpoint.keep_every_steps)
         with contextlib.closing(saver):
             return fit(setup, run, saver, stop_at, profile, on_evaluation)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is to be done, all of it known to be sound; nothing is written yet."""
-
-    config: Config
-    job: Job
-    source: Source
-    metric: str
-    """Decides what is best."""
-    examples: dict[str, Any]
-    """Splits, as the task made them."""
-    inputs: dict[str, Examples]
-    """The same, as batches are made of them."""
-    batches: Batches
-    total_steps: int
-    updates: Updates
-    state: TrainState
-    """Shapes and places."""
-    loaded: dict[str, np.ndarray]
-    """Weights of the checkpoint that is fine-tuned, until they are placed."""
-    note: str
-    """Where the weights came from."""
-
-
-def prepare(config: Config, devices: Devices | None) -> Setup:
-    """Config to data, model, batches and weights as they were read; no array is made on the mesh.
-
-    Raises:
-        UserError: Naming what cannot be used.
-    """
-    checkpoint = open_pretrained(config.model)
-    source = open_source(config, checkpoint)
-    if "train" not in source.splits:
-        raise UserError("data.train names no split; there is nothing to train on")
-    job = job_from_config(config, checkpoint, source, devices)
-    metric = deciding_metric(config)
-    if config.train.early_stopping is not None and "validation" not in source.splits:
-        raise UserError(
-            f"train.early-stopping {config.train.early_stopping} needs a validation split, and there is none; set --data.validation-fraction,"
-            " or leave it out"
-        )
-    examples: dict[str, Any] = {
-        split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
-        for split, records in source.splits.items()
-    }
-    if config.data.text.synonyms:
-        here = [device for device in job.mesh.devices.flat if device.process_index == jax.process_index()]
-        examples["train"] = with_synonyms(config, job.task, examples["train"], here)
-        source = fingerprinted(source, examples["train"])
-    job = with_class_weights(job, config, source, examples["train"])
-    parts = batch_parts(job.mesh) * config.train.accumulation
-    batch_size, longest = config.train.batch_size, job.task.row_length
-    shape = train_shape(examples["train"], batch_size, longest, config.data.batching, parts)
-    _check_mixing(config, shape)
-    batches = Batches(examples["train"], shape, config.seed, parts=parts, mesh=job.mesh)
-    total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
-    batches.steps = total_steps
-
-    updates = make_updates(config, job, total_steps)
-    inputs: dict[str, Examples] = examples
-    if width := cached_width(config, job, updates):
-        inputs = {split: CachedFeatures(features, width) for split, features in examples.items()}
-        batches.examples = inputs["train"]
-    state = abstract_state_of(job, updates)
-    model = config.model
-    loaded, note = pretrained_weights(
-        job, checkpoint, model.replace_head, model.reinit_layers, config.seed, updates.is_frozen
-    )
-    return Setup(
-        config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note
-    )
-
-
-def _check_mixing(config: Config, shape: RowShape) -> None:
-    """
-    Raises:
-        UserError: No micro-batch holds two examples that could be mixed.
-    """
-    train, mixup = config.train, config.methods.mixup
-    if mixup and math.ceil(shape.rows / train.accumulation) * shape.segments < 2:
-        raise UserError(
-            f"methods.mixup mixes the examples of a micro-batch, and {shape.rows} rows of one text each over train.accumulation"
-            f" {train.accumulation} leave one in each; raise train.batch-size {train.batch_size}, or lower train.accumulation"
-        )
-
-
-def first_state(setup: Setup) -> TrainState:
-    """The state before the first update. Weights are placed before the optimizer's state is made from them."""
-    job, updates, seed = setup.job, setup.updates, setup.config.seed
-    weights = initial_weights(job.parts, job.shardings, seed, setup.loaded)
-    return create_state(
-        weights,
-        job.shardings,
-        job.parts.statistics,
-        updates.is_frozen,
-        updates.optimizer,
-        job.mesh,
-        seed,
-        averaged=updates.averaged,
-        frozen_dtype=updates.frozen_dtype,
-    )
 
 
 def fit(
@@ -532,19 +396,6 @@ def updates_done(state: TrainState) -> int:
     return int(state.step) - int(state.skipped)
 
 
-def deciding_metric(config: Config) -> str:
-    """The metric of the best checkpoint, of early stopping and of a sweep.
-
-    Raises:
-        UserError: The task has none of that name.
-    """
-    task = TASKS[config.task.name]
-    name, known = config.evaluation.metric or task.metric, ("loss", *task.metric_names)
-    if name not in known:
-        raise UserError(f"evaluation.metric {name} is not among this task's metrics: {', '.join(known)}")
-    return name
-
-
 def is_boundary(every: int | None, step: int, batches: Batches, total_steps: int) -> bool:
     """Whether to evaluate after this step: every so many, or at the end of an epoch; and at the very end."""
     if step == total_steps:
@@ -614,114 +465,6 @@ def write_train_row(setup: Setup, writer: Writer, meter: Meter, step: int, sums:
         )
 
 
-def announce(setup: Setup, note: str) -> None:
-    """What is about to be trained, on what."""
-    job, batches, state = setup.job, setup.batches, setup.state
-    say(f"{job.task.architecture}: {note}")
-    say(parameter_table(state, setup.updates.paces))
-    if state.model_state and getattr(job.task, "batch_norm", "") == "train" and state.frozen:
-        say("model.batch-norm is train: running averages move in frozen layers too; frozen keeps them")
-    for line in placement_summary(job, state):
-        say(line)
-    shape = batches.shape
-    text = (
-        f"{len(setup.examples['train'])} training segments, {setup.total_steps} updates of {shape.rows} rows"
-    )
-    if added := batches.rows - shape.rows:
-        text += f" (and {added} empty ones, so that devices and micro-batches divide them)"
-    if batches.examples.lengths is not None:
-        lengths = " or ".join(map(str, batches.lengths))
-        text += f" x {lengths} pieces, {100 * padding_share(batches):.1f} % padding"
-    say(text)
-    skipped = setup.source.skipped
-    if skipped:
-        shown = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
-        say(f"{len(skipped)} records of the data cannot be used and were left out: {shown}")
-    for line in without_effect(setup):
-        say(line)
-    for split, features in setup.examples.items():
-        cut = int(getattr(features, "cut", 0))
-        if cut:
-            how = "split into windows" if job.task.of_pieces else "truncated"
-            say(f"{split}: {cut} of {len(features)} examples are over data.max-length and were {how}")
-
-
-def without_effect(setup: Setup) -> list[str]:
-    """What the recipe asks for and this run does not come to."""
-    config, job, total = setup.config, setup.job, setup.total_steps
-    optim, lines = config.optim, []
-    if (warmup := warmup_updates(optim, total)) and warmup >= total:
-        peak, reached = optim.learning_rate, optim.learning_rate * (total - 1) / warmup
-        lines.append(
-            f"the warm-up takes {warmup} updates, more than there are: the rate ends at {reached:.2g} of {peak:g}"
-        )
-    if late := [path for path, pace in setup.updates.paces.items() if pace.start >= total]:
-        lines.append(
-            f"optim.unfreeze-every {optim.unfreeze_every} leaves {len(late)} tensors, such as {late[0]}, as they are: {total} updates"
-            " end before theirs begin"
-        )
-    if job.family == "resnet":
-        model = config.model
-        if model.batch_norm == "frozen" and (model.pretrained is None or model.reinit_layers):
-            where = "any layer" if model.pretrained is None else f"the last {model.reinit_layers} blocks"
-            lines.append(
-                f"model.batch-norm frozen normalises nothing in {where}: its statistics stay what random weights begin with, mean 0 and"
-                " variance 1 (model.batch-norm train learns them)"
-            )
-        processor: Any = job.task.processor  # pyright: ignore[reportAttributeAccessIssue]
-        names = overruled_pixels(config.data.image, processor, job.model_config.num_channels)
-        if names:
-            told = " and ".join(f"data.image.{name}" for name in names)
-            lines.append(
-                f"{told} of the config are not used: the checkpoint brings its own preprocessor_config.json, for {processor.size} x"
-                f" {processor.size} pixels (data.image.override-size changes the size)"
-            )
-    return lines
-
-
-def placement_summary(job: Job, state: TrainState) -> list[str]:
-    """The mesh, what a device holds, and what is copied to each."""
-    devices = job.mesh.devices.flat
-    lines = [f"mesh {dict(job.mesh.shape)} on {len(devices)} {devices[0].device_kind} device(s)"]
-    if len(devices) == 1:
-        return lines
-    held = {"weights": state.weights, "optimizer state": state.opt_state, "averages": state.averages}
-    texts = []
-    for name, tree in held.items():
-        if not tree:
-            continue
-        whole, part = bytes_a_device(tree)
-        texts.append(f"{part / 1e6:,.1f} of {whole / 1e6:,.1f} MB of {name}")
-    lines.append(f"a device holds {' and '.join(texts)}")
-    copied = [path for path, placement in job.placements.items() if not any(placement.sharding.spec)]
-    size, _ = bytes_a_device([state.weights[path] for path in copied])
-    lines.append(
-        f"copied to every device: {len(copied)} of {len(job.placements)} weights, {size / 1e6:,.1f} MB"
-    )
-    refused: dict[str, list[str]] = {}
-    for path, placement in job.placements.items():
-        if placement.note:
-            refused.setdefault(placement.note, []).append(path)
-    lines += [
-        f"not split as the rules say, {note}: {len(paths)} weights, such as {paths[0]}"
-        for note, paths in refused.items()
-    ]
-    return lines
-
-
-def say_compiled(compiled: Any, seconds: float) -> None:
-    """Time that compiling took, and memory of the train step."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        say(f"compiled in {seconds:.1f} s")
-        return
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    say(
-        f"compiled in {seconds:.1f} s; train step: {peak / 1e6:,.0f} MB a device, of which"
-        f" {memory.temp_size_in_bytes / 1e6:,.0f} MB temporary, {memory.alias_size_in_bytes / 1e6:,.0f} MB updated in place"
-    )
-
-
 def peak_memory_bytes() -> int:
     """Of the fullest device where the backend tells, else of this process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
@@ -729,25 +472,6 @@ def peak_memory_bytes() -> int:
     if peaks:
         return int(max(peaks))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Helpers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def with_class_weights(job: Job, config: Config, source: Source, examples: Any) -> Job:
-    """The job with the config's class weights, counted on what the loss of the training split counts: examples, or pieces with a tag."""
-    if source.labels is None or config.task.class_weights == "none":
-        return job
-    if job.task.of_pieces:
-        known = np.asarray(examples.labels)
-        known = known[known >= 0]
-    else:
-        known = np.asarray(source.splits["train"].columns(["label"])["label"], np.int64)
-    counts = np.bincount(known, minlength=len(source.labels))
-    weights = resolve_class_weights(config.task.class_weights, source.labels, counts)
-    return dataclasses.replace(job, task=dataclasses.replace(job.task, class_weights=weights))  # pyright: ignore
 
 
 def abstract_leaf(leaf: jax.Array) -> jax.ShapeDtypeStruct:

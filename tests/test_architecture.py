@@ -34,6 +34,8 @@ FLOORS = [
         "programs",
         "ensemble",
         "soup",
+        "prepare",
+        "announce",
     },
     {"train", "plan", "plan_report"},
     {"seeds", "sweep", "range_test"},
@@ -42,7 +44,7 @@ FLOORS = [
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
     ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("optim", "peft"), ("peft", "hf"), ("methods", "tasks"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"), ("job", "step"),
-    ("opening", "checkpoint"), ("opening", "job"), ("evaluate", "ensemble"), ("soup", "ensemble"), ("soup", "evaluate"), ("soup", "export"), ("predict", "ensemble"), ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("robustness", "evaluate"), ("robustness", "predict"), ("targets", "config"), ("limits", "config"), ("plan_report", "plan"),
+    ("opening", "checkpoint"), ("opening", "job"), ("evaluate", "ensemble"), ("soup", "ensemble"), ("soup", "evaluate"), ("soup", "export"), ("predict", "ensemble"), ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("robustness", "evaluate"), ("robustness", "predict"), ("targets", "config"), ("limits", "config"), ("plan_report", "plan"), ("announce", "prepare"),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from finetune_jax import train as loop
 from finetune_jax.cli import main
 from finetune_jax.config import Config, to_dict
 from finetune_jax.evaluate import Forward
+from finetune_jax.prepare import prepare
 from tests.tiny import (
     FIELDS,
     assert_same_bits,
@@ -112,4 +113,4 @@ def test_augmented_images_are_refused(tmp_path):
     config = head_only("image", tmp_path)
     config = replace(config, data=replace(config.data, image=replace(config.data.image, augment="pad_crop")))
     with pytest.raises(loop.UserError, match=r"data\.image\.augment is pad_crop"):
-        loop.prepare(config, jax.devices()[:1])
+        prepare(config, jax.devices()[:1])

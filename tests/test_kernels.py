@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from finetune_jax import kernels
-from finetune_jax import train as loop
 from finetune_jax.config import MeshConfig
 from finetune_jax.errors import UserError
 from finetune_jax.kernels import CuDnn, Splash, attention_kernel
 from finetune_jax.models.bert import BertConfig, BertForTokenClassification
 from finetune_jax.models.layers import Compute
+from finetune_jax.prepare import prepare
 from finetune_jax.sharding import make_mesh
 from tests.tiny import FIELDS, text_config, write_texts
 
@@ -147,4 +147,4 @@ def test_a_kernel_without_dropout_is_refused_where_there_is_some(tmp_path):
     config = text_config(write_texts(tmp_path / "texts"))
     config = replace(config, model=replace(config.model, attention="splash"))
     with pytest.raises(UserError, match=r"has no dropout, attention_probs_dropout_prob is 0\.1"):
-        loop.prepare(config, jax.devices()[:1])
+        prepare(config, jax.devices()[:1])

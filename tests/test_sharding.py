@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from finetune_jax import sharding
-from finetune_jax import train as loop
+from finetune_jax.announce import placement_summary
 from finetune_jax.config import MeshConfig
 from finetune_jax.errors import UserError
+from finetune_jax.prepare import prepare
 from finetune_jax.sharding import make_mesh, place_params, rows_here
 from tests import sharding_tables, tiny
 
@@ -97,8 +98,8 @@ def test_slices_lie_apart_along_data_only():
 def test_a_run_says_what_a_device_holds(tmp_path, capsys):
     config = tiny.text_config(tiny.write_texts(tmp_path / "texts"), steps=1)
     config = dataclasses.replace(config, mesh=MeshConfig(2, 4, 1, smallest_split=300))
-    setup = loop.prepare(config, None)
-    lines = loop.placement_summary(setup.job, setup.state)
+    setup = prepare(config, None)
+    lines = placement_summary(setup.job, setup.state)
     assert lines[0] == "mesh {'data': 2, 'fsdp': 4, 'tensor': 1} on 8 cpu device(s)"
     abstract = setup.job.parts.abstract
     split = [path for path, leaf in abstract.items() if any(setup.job.placements[path].sharding.spec)]

@@ -23,6 +23,7 @@ from finetune_jax.methods.objective import (
     Smooth,
 )
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
+from finetune_jax.prepare import first_state, prepare
 from tests import tiny
 from tests.tiny import assert_resumes, config_of, saved
 
@@ -75,7 +76,7 @@ def test_it_is_another_run_and_a_stopped_one_goes_on(kind, change, still, plain,
         change = {"data": {"image": to_dict(config)["data"]["image"] | change["data"]["image"]}}
     config = changed(config, change)
     assert_resumes(config, tmp_path)
-    found, start = weights_of(tmp_path / "whole"), loop.first_state(loop.prepare(config, jax.devices()[:1]))
+    found, start = weights_of(tmp_path / "whole"), first_state(prepare(config, jax.devices()[:1]))
     assert any(not np.array_equal(value, plain(kind)[path]) for path, value in found.items())
     stays = {path for path, value in found.items() if np.array_equal(value, np.asarray(start.weights[path]))}
     frozen = [path for path in found if still and still in path and not path.startswith("classifier")]
@@ -102,7 +103,7 @@ def test_it_is_another_run_and_a_stopped_one_goes_on(kind, change, still, plain,
 )  # fmt: skip
 def test_the_objective_is_what_the_config_says(kind, methods, expected, tmp_path):
     config = replace(config_of(kind, tmp_path), methods=MethodsConfig(**methods))
-    setup = loop.prepare(config, jax.devices()[:1])
+    setup = prepare(config, jax.devices()[:1])
     assert setup.updates.objective == expected(setup.job.task)
     assert (setup.updates.ema, setup.updates.sam) == (methods.get("ema"), 0.0)
 
@@ -112,10 +113,10 @@ BALL = WordOffsets(WIDTH, 0.5, 0.5, WORDS)
 
 def test_the_loss_is_what_the_config_says(tmp_path):
     change = {"task": {"label_smoothing": 0.2, "asymmetric": [1.0, 3.0]}}
-    task = loop.prepare(changed(config_of("text", tmp_path), change), jax.devices()[:1]).job.task
+    task = prepare(changed(config_of("text", tmp_path), change), jax.devices()[:1]).job.task
     assert (task.label_smoothing, task.asymmetric, task.focal_gamma) == (0.2, (1.0, 3.0), 0.0)
     change = {"task": {"focal_gamma": 1.5}}
-    task = loop.prepare(changed(config_of("image", tmp_path), change), jax.devices()[:1]).job.task
+    task = prepare(changed(config_of("image", tmp_path), change), jax.devices()[:1]).job.task
     assert (task.label_smoothing, task.asymmetric, task.focal_gamma) == (0.0, (0.0, 0.0), 1.5)
 
 

@@ -13,6 +13,7 @@ from finetune_jax import train as loop
 from finetune_jax.config import TextConfig
 from finetune_jax.data.words import find_words
 from finetune_jax.errors import UserError
+from finetune_jax.prepare import prepare
 from finetune_jax.synonyms import PASSES, candidates_of, load_masked_lm, open_masked_lm, replaceable
 from tests import tiny
 from tests.tiny import assert_same_bits, config_of, saved
@@ -30,7 +31,7 @@ def with_masked_lm(config, folder, count=4, **text):
 def test_candidates_are_torchs_likeliest(kind, devices, masked_lm, tmp_path):
     model, folder = masked_lm
     config = with_masked_lm(config_of(kind, tmp_path), folder)
-    setup = loop.prepare(config, jax.devices()[:devices])
+    setup = prepare(config, jax.devices()[:devices])
     features, task = setup.examples["train"], setup.job.task
     vocabulary, found = features.augmentation.vocabulary, np.asarray(features.augmentation.candidates)
     wanted = replaceable(features, vocabulary, task.labels)
@@ -75,10 +76,10 @@ def test_they_are_computed_once(masked_lm, tmp_path, monkeypatch):
     monkeypatch.setattr(synonyms, "candidates_of", spy)
     config = config_of("text", tmp_path)
     config = replace(config, data=replace(config.data, cache_dir=str(tmp_path / "cache")))
-    plain = loop.prepare(config, jax.devices()[:1])
-    one = loop.prepare(with_masked_lm(config, folder), jax.devices()[:1])
-    two = loop.prepare(replace(with_masked_lm(config, folder), seed=3), jax.devices()[:1])
-    other = loop.prepare(with_masked_lm(config, folder, count=3), jax.devices()[:1])
+    plain = prepare(config, jax.devices()[:1])
+    one = prepare(with_masked_lm(config, folder), jax.devices()[:1])
+    two = prepare(replace(with_masked_lm(config, folder), seed=3), jax.devices()[:1])
+    other = prepare(with_masked_lm(config, folder, count=3), jax.devices()[:1])
     assert calls == [4, 3]
     assert one.source.fingerprint == two.source.fingerprint
     assert len({plain.source.fingerprint, one.source.fingerprint, other.source.fingerprint}) == 3
@@ -107,7 +108,7 @@ def edited(folder, tmp_path, **fields):
 def test_what_is_no_masked_lm_of_the_model_is_refused(masked_lm, tmp_path):
     model, folder = masked_lm
     config = with_masked_lm(config_of("text", tmp_path), folder)
-    tokenizer = loop.prepare(config_of("text", tmp_path), jax.devices()[:1]).job.task.tokenizer
+    tokenizer = prepare(config_of("text", tmp_path), jax.devices()[:1]).job.task.tokenizer
 
     def refused(place, message, max_length=32):
         with pytest.raises(UserError, match=message) as caught:
@@ -132,7 +133,7 @@ def test_what_is_no_masked_lm_of_the_model_is_refused(masked_lm, tmp_path):
     with pytest.raises(
         UserError, match="synonym-candidates is 24, the vocabulary has 23 whole words; lower it"
     ):
-        loop.prepare(with_masked_lm(config, folder, count=24), jax.devices()[:1])
+        prepare(with_masked_lm(config, folder, count=24), jax.devices()[:1])
     assert load_masked_lm(open_masked_lm(str(folder), tokenizer, 32)).weights.keys() >= {
         "cls/predictions/bias"
     }

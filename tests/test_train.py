@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from finetune_jax import train as loop
+from finetune_jax.announce import announce
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
+from finetune_jax.prepare import prepare
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
 from tests import tiny
@@ -219,7 +221,7 @@ def test_rows_that_only_divide_are_told(tmp_path, one_device, capsys):
         (1, " rows x "),
         (16, " rows (and 11 empty ones, so that devices and micro-batches divide them) x "),
     ):
-        loop.announce(loop.prepare(config_of("text", tmp_path, accumulation=accumulation), one_device), "")
+        announce(prepare(config_of("text", tmp_path, accumulation=accumulation), one_device), "")
         assert said in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ from finetune_jax.config import TextConfig
 from finetune_jax.data.paraphrase import WithParaphrases, open_function, run_function
 from finetune_jax.errors import UserError
 from finetune_jax.predict import Lines
+from finetune_jax.prepare import prepare
 from tests.tiny import assert_same_bits, config_of, saved, text_config, train_with, write_jsonl
 
 replace = dataclasses.replace
@@ -57,8 +58,8 @@ def with_function(config, spec):
 
 def test_the_training_split_is_twice_as_long(functions, tmp_path):
     config = config_of("text", tmp_path)
-    plain = loop.prepare(config, jax.devices()[:1])
-    setup = loop.prepare(with_function(config, f"{functions}:shout"), jax.devices()[:1])
+    plain = prepare(config, jax.devices()[:1])
+    setup = prepare(with_function(config, f"{functions}:shout"), jax.devices()[:1])
     train, before = setup.source.splits["train"], plain.source.splits["train"]
     count = len(before)
     assert len(train) == 2 * count == len(setup.examples["train"])
@@ -71,10 +72,10 @@ def test_the_training_split_is_twice_as_long(functions, tmp_path):
     assert setup.source.fingerprint != plain.source.fingerprint
     assert "paraphrases by shout are added to train" in setup.source.description
     # The function is run once, and again when its file is another.
-    loop.prepare(with_function(config, f"{functions}:shout"), jax.devices()[:1])
+    prepare(with_function(config, f"{functions}:shout"), jax.devices()[:1])
     assert (tmp_path / "calls").read_text() == f"{count} "
     functions.write_text(FUNCTIONS.replace("red red", "green"))
-    again = loop.prepare(with_function(config, f"{functions}:shout"), jax.devices()[:1])
+    again = prepare(with_function(config, f"{functions}:shout"), jax.devices()[:1])
     assert (tmp_path / "calls").read_text() == f"{count} {count} "
     assert again.source.splits["train"][count]["text"].endswith(" green")
     assert again.source.fingerprint != setup.source.fingerprint
@@ -106,7 +107,7 @@ def test_both_texts_of_a_pair_are_paraphrased(functions, tmp_path):
     for split in ("train", "validation"):
         write_jsonl(folder / f"{split}.jsonl", pairs)
     config = with_function(text_config(folder, "sequence_regression"), f"{functions}:shout")
-    setup = loop.prepare(config, jax.devices()[:1])
+    setup = prepare(config, jax.devices()[:1])
     train = setup.source.splits["train"]
     assert train[8 + 5]["text_a"] == "cat 5 red red"
     assert train[8 + 5]["text_b"] == "dog 5 red red"

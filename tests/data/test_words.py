@@ -25,6 +25,7 @@ from finetune_jax.data.words import (
 )
 from finetune_jax.errors import UserError
 from finetune_jax.limits import validate
+from finetune_jax.prepare import prepare
 from tests.tiny import assert_same_bits, config_of, saved, text_config, write_texts
 
 replace = dataclasses.replace
@@ -331,11 +332,11 @@ def test_epoch_none_is_not_augmented(tokenizer, vocabulary):
 def test_only_the_training_split_varies(tmp_path):
     config = config_of("text", tmp_path)
     config = replace(config, data=replace(config.data, text=TextConfig(word_swap=0.5)))
-    setup = loop.prepare(config, jax.devices()[:1])
+    setup = prepare(config, jax.devices()[:1])
     assert setup.examples["train"].augmentation is not None
     assert setup.examples["validation"].augmentation is None
     assert setup.job.task.examples(setup.source.splits["train"], train=False).augmentation is None
-    plain = loop.prepare(config_of("text", tmp_path), jax.devices()[:1])
+    plain = prepare(config_of("text", tmp_path), jax.devices()[:1])
     assert plain.examples["train"].augmentation is None
     assert plain.batches.shape == setup.batches.shape
 
@@ -365,7 +366,7 @@ def test_cached_features_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"data\.text\.word-dropout is 0\.1; data\.text\.word-swap is 0\.2; change that"
     ):
-        loop.prepare(config, jax.devices()[:1])
+        prepare(config, jax.devices()[:1])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from finetune_jax.data.pipeline import (
     threads_for,
     train_shape,
 )
-from finetune_jax.train import prepare
+from finetune_jax.prepare import prepare
 from tests.tiny import assert_same_bits, image_config, pictures, saved, write_images
 
 DEVICES = jax.devices()[:1]

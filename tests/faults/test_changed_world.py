@@ -14,6 +14,7 @@ from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import EvaluationConfig, MeshConfig, load_saved, to_dict
 from finetune_jax.errors import UserError
+from finetune_jax.prepare import prepare
 from finetune_jax.runfolder import check_same_config
 from finetune_jax.seal import digest_array
 from tests import tiny
@@ -73,7 +74,7 @@ def test_saved_on_eight_devices_goes_on_on_any(kind, devices, mesh, on_eight, tm
     used = tiny.batches_used(monkeypatch)
     before = Checkpoints(run).leaves(4)
     chosen = jax.devices()[:devices]
-    setup = loop.prepare(replace(config, mesh=mesh), chosen)
+    setup = prepare(replace(config, mesh=mesh), chosen)
     state, _ = Checkpoints(run).restore(setup.state) or pytest.fail("nothing was saved")
     for path, leaf in state.weights.items():
         assert before[f"weights/{path}"]["xxh3_128"] == digest_array(np.asarray(leaf)), path

@@ -18,6 +18,7 @@ import pytest
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig, load_saved, to_dict
+from finetune_jax.prepare import prepare
 from tests import tiny
 
 STEPS = 24
@@ -148,7 +149,7 @@ def test_a_signal_to_one_of_four_stops_all_at_one_step_and_one_alone_goes_on(job
     )
     assert measured.pop("loss") == pytest.approx(expected.pop("loss"), abs=1e-6)
     assert measured == expected, "each example counts once, whoever reads it"
-    batches = loop.prepare(load_saved(folder / "config.json"), jax.devices()[:4]).batches
+    batches = prepare(load_saved(folder / "config.json"), jax.devices()[:4]).batches
     read = [dict(map(json.loads, (folder / f"read-by-{i}-of-4").read_text().splitlines())) for i in range(4)]
     for number in range(step):
         ids = [set(notes[number]) for notes in read]

@@ -16,6 +16,7 @@ from finetune_jax import train as loop
 from finetune_jax.evaluate import evaluate_model
 from finetune_jax.opening import open_model
 from finetune_jax.predict import predict
+from finetune_jax.prepare import prepare
 from finetune_jax.tasks.base import cross_entropy
 from finetune_jax.tasks.sequence import SequenceClassification
 from tests import tiny
@@ -85,7 +86,7 @@ def test_the_gradient_is_finite_where_all_is_certain():
 def test_the_task_has_it(tmp_path):
     config = config_of("text", tmp_path)
     chosen = dataclasses.replace(config.task, asymmetric=(1.0, 4.0), label_smoothing=0.1)
-    task: Any = loop.prepare(dataclasses.replace(config, task=chosen), jax.devices()[:1]).job.task
+    task: Any = prepare(dataclasses.replace(config, task=chosen), jax.devices()[:1]).job.task
     logits, batch = jnp.asarray([[[0.3, -1.0]]]), {"labels": jnp.asarray([[0]]), "weights": jnp.ones((1, 1))}
     expected = cross_entropy(logits, batch["labels"], batch["weights"], None, 0.1, 0.0, (1.0, 4.0))
     assert task.loss(logits, batch)[0] == expected[0]
@@ -120,7 +121,7 @@ def test_weights_of_classes_count_what_the_loss_counts(tmp_path):
     learned = {}
     for pieces in ("first", "all"):
         chosen = dataclasses.replace(config.task, class_weights="auto", label_pieces=pieces)
-        setup = loop.prepare(dataclasses.replace(config, task=chosen), jax.devices()[:1])
+        setup = prepare(dataclasses.replace(config, task=chosen), jax.devices()[:1])
         task: Any = setup.job.task
         batches = [setup.batches[step] for step in range(setup.batches.epochs.end(0))]
         counted = np.concatenate([batch["labels"][batch["weights"] > 0] for batch in batches])

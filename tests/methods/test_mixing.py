@@ -14,6 +14,7 @@ from finetune_jax.config import MeshConfig, MethodsConfig
 from finetune_jax.errors import UserError
 from finetune_jax.methods.mixing import Mixing
 from finetune_jax.methods.objective import Mixed
+from finetune_jax.prepare import prepare
 from finetune_jax.sharding import batch_sharding, make_mesh
 from finetune_jax.tasks.base import SHARE, cross_entropy, partners
 from tests import tiny
@@ -149,7 +150,7 @@ def test_the_loss_is_that_of_both_labels(per_class):
 
 def test_what_the_tasks_mix(tmp_path):
     """Pixels before they are normalised; of text, the features of each segment, wherever it lies."""
-    image = loop.prepare(config_of("image", tmp_path), jax.devices()[:1]).job.task
+    image = prepare(config_of("image", tmp_path), jax.devices()[:1]).job.task
     batch = pixels_batch(side=16)
     share = Mixing(1.0, 1.0).share(batch, jax.random.key(0))
     seen = types.SimpleNamespace(features=lambda pixels, weights, **_: pixels)
@@ -157,7 +158,7 @@ def test_what_the_tasks_mix(tmp_path):
     x, own = np.asarray(batch["pixels"], np.float32), np.broadcast_to(np.asarray(share), (8, 16, 16, 1))
     expected = own[:6] * x[:6] + (1 - own[:6]) * np.roll(x[:6], -1, axis=0)
     np.testing.assert_allclose(found[:6], image.processor.normalise(expected), atol=1e-5)  # pyright: ignore
-    text = loop.prepare(config_of("text", tmp_path), jax.devices()[:1])
+    text = prepare(config_of("text", tmp_path), jax.devices()[:1])
     batch = text.batches[0]
     weights, x = (
         batch["weights"],
@@ -215,11 +216,11 @@ def test_an_example_alone_has_nobody_to_mix_with(tmp_path, capsys):
     assert "train.batch-size 4 over train.accumulation 4 leaves one in each" in capsys.readouterr().err
     config = dataclasses.replace(config_of("text", tmp_path), methods=MethodsConfig(mixup=0.2))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **alone))
-    assert loop.prepare(config, jax.devices()[:1]).batches.shape.segments > 1
+    assert prepare(config, jax.devices()[:1]).batches.shape.segments > 1
     for split in ("train", "validation", "test"):  # no two of these fit into a row
         lines = [{"text": " ".join(["cat"] * 30), "label": name} for name in ("yes", "no")] * 4
         tiny.write_jsonl(tmp_path / "texts" / f"{split}.jsonl", lines)
     with pytest.raises(
         UserError, match=r"methods.mixup mixes the examples of a micro-batch, and 4 rows of one text each"
     ):
-        loop.prepare(config, jax.devices()[:1])
+        prepare(config, jax.devices()[:1])

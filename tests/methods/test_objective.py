@@ -17,6 +17,7 @@ from finetune_jax.methods.objective import Adversarial, FreeLB, Noisy, Plain, RD
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
 from finetune_jax.opening import open_model
 from finetune_jax.plan import Subject
+from finetune_jax.prepare import first_state, prepare
 from finetune_jax.step import make_train_step
 from finetune_jax.tasks.base import cross_entropy
 from tests import tiny
@@ -299,7 +300,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind, name, tmp_path
         data=replace(config.data, batching="padded"),
         optim=OptimConfig(name="sgd", learning_rate=1.0, schedule="constant", momentum=0.0, clip_norm=None),
     )
-    setup = loop.prepare(config, jax.devices()[:1])
+    setup = prepare(config, jax.devices()[:1])
     task, steps = setup.job.task, 1 if name == "fgm" else 3
     words = FromWords(tiny.FIELDS["hidden_size"], 0.5, 0.3, tiny.FIELDS["vocab_size"])
     ball = words if kind == "text" else PixelOffsets(0.1, 0.05)
@@ -312,7 +313,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind, name, tmp_path
     }[name]
 
     def gradient(objective, accumulation):
-        state = loop.first_state(setup)
+        state = first_state(setup)
         before = jax.tree.map(np.asarray, state.params)
         updates = replace(setup.updates, objective=objective)
         with jax.numpy_dtype_promotion("standard"):
@@ -368,9 +369,9 @@ def test_r_drop_needs_dropout(tmp_path):
     with pytest.raises(
         loop.UserError, match=r"two passes with different dropout, and hidden_dropout_prob, .* are 0"
     ):
-        loop.prepare(replace(config, model=replace(config.model, hf_config=fields)), jax.devices()[:1])
+        prepare(replace(config, model=replace(config.model, hf_config=fields)), jax.devices()[:1])
     model = replace(config.model, hf_config=fields, stochastic_depth=0.2)
-    assert loop.prepare(replace(config, model=model), jax.devices()[:1]), "passes differ in their branches"
+    assert prepare(replace(config, model=model), jax.devices()[:1]), "passes differ in their branches"
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
@@ -378,7 +379,7 @@ def test_averages_by_hand_and_served(kind, tmp_path):
     """a_t = d a_{t-1} + (1 - d) w_t with d = min(decay, (1 + t) / (10 + t)), from the weights after each update."""
     config = config_of(kind, tmp_path, steps=4)
     one, averaged = jax.devices()[:1], replace(config, methods=MethodsConfig(ema=0.15))
-    start = loop.first_state(loop.prepare(config, one)).weights
+    start = first_state(prepare(config, one)).weights
     expected = {path: np.asarray(value, np.float64) for path, value in start.items()}
     for step in range(4):
         short = replace(averaged, train=replace(config.train, steps=4, epochs=9))
@@ -427,10 +428,10 @@ def test_sam_takes_its_gradient_uphill(accumulation, tmp_path):
         data=replace(config.data, batching="padded"),
         optim=OptimConfig(name="sgd", learning_rate=1.0, schedule="constant", momentum=0.0, clip_norm=None),
     )
-    setup = loop.prepare(config, jax.devices()[:1])
+    setup = prepare(config, jax.devices()[:1])
 
     def step(updates, accumulation, params):
-        state = loop.first_state(setup)
+        state = first_state(setup)
         state = replace(state, params=state.params if params is None else params)
         with jax.numpy_dtype_promotion("standard"):
             update = make_train_step(setup.job.task, setup.job.parts, updates, accumulation)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_jax import train as loop
 from finetune_jax.config import MethodsConfig, OptimConfig
 from finetune_jax.methods.objective import Plain, Proximal, Smooth
 from finetune_jax.methods.perturbation import WordOffsets
+from finetune_jax.prepare import first_state, prepare
 from finetune_jax.step import make_forward, make_train_step
 from finetune_jax.tasks.base import ClassTask, cross_entropy
 from finetune_jax.tasks.sequence import SequenceRegression
@@ -140,8 +140,8 @@ def test_the_step_asks_the_averages(tmp_path):
         optim=OptimConfig(name="sgd", learning_rate=0.1),
         methods=MethodsConfig(ema=0.9, proximal=0.5),
     )
-    setup = loop.prepare(config, jax.devices()[:1])
-    state, batch = loop.first_state(setup), setup.batches[0]
+    setup = prepare(config, jax.devices()[:1])
+    state, batch = first_state(setup), setup.batches[0]
     step = jax.jit(make_train_step(setup.job.task, setup.job.parts, setup.updates, 1))
     far = {path: value + 0.3 for path, value in state.averages.items()}
     forward = jax.jit(make_forward(setup.job.task, setup.job.parts))

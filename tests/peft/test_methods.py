@@ -43,6 +43,7 @@ from finetune_jax.peft.lora import LoraConv, LoraLinear
 from finetune_jax.peft.prompt import Prefix
 from finetune_jax.plan import Subject
 from finetune_jax.predict import predict
+from finetune_jax.prepare import first_state, prepare
 from finetune_jax.step import make_forward, make_train_step
 from finetune_jax.tasks.sequence import SequenceClassification
 from finetune_jax.tree import flatten, lookup, unflatten
@@ -343,10 +344,10 @@ def test_the_penalty_is_added_once_and_not_told(accumulation, tmp_path):
         data=replace(config.data, batching="padded"),
         optim=OptimConfig(name="sgd", learning_rate=1.0, schedule="constant", momentum=0.0, clip_norm=None),
     )
-    setup = loop.prepare(config, jax.devices()[ONE])
+    setup = prepare(config, jax.devices()[ONE])
     found = []
     for penalty in (None, setup.updates.penalty):
-        state = loop.first_state(setup)
+        state = first_state(setup)
         step = make_train_step(
             setup.job.task, setup.job.parts, replace(setup.updates, penalty=penalty), accumulation
         )
@@ -398,11 +399,11 @@ def saved_ranks(config, run):
 
 def test_a_prompt_begins_with_words_of_the_vocabulary(base, tmp_path):
     config = on(of_method(config_of("text", tmp_path), "prompt"), base("text"))
-    weights = loop.first_state(loop.prepare(config, jax.devices()[ONE])).weights
+    weights = first_state(prepare(config, jax.devices()[ONE])).weights
     table = np.asarray(weights["bert/embeddings/word_embeddings/embedding"])
     prompt = np.asarray(weights["bert/embeddings/word_embeddings/prompt"])
     assert all((table == row).all(axis=1).any() for row in prompt)
-    other = loop.first_state(loop.prepare(replace(config, seed=1), jax.devices()[ONE])).weights
+    other = first_state(prepare(replace(config, seed=1), jax.devices()[ONE])).weights
     assert not np.array_equal(prompt, other["bert/embeddings/word_embeddings/prompt"])
 
 
@@ -447,8 +448,8 @@ def test_at_the_start_the_model_is_the_base(kind, name, tmp_path):
     """The bits of the logits, and the weights that the run would have begun with."""
     logits, weights = [], []
     for config in (config_of(kind, tmp_path), of_method(config_of(kind, tmp_path), name)):
-        setup = loop.prepare(config, jax.devices()[ONE])
-        state = loop.first_state(setup)
+        setup = prepare(config, jax.devices()[ONE])
+        state = first_state(setup)
         batch = setup.batches[0]
         logits.append(jax.jit(make_forward(setup.job.task, setup.job.parts))(state.weights, batch)[0])
         weights.append({path: value for path, value in state.weights.items() if not is_added(path)})
@@ -459,8 +460,8 @@ def test_at_the_start_the_model_is_the_base(kind, name, tmp_path):
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_only_the_method_and_the_head_learn_and_a_stopped_run_goes_on(kind, name, tmp_path):
     config = of_method(config_of(kind, tmp_path, steps=6), name)
-    setup = loop.prepare(config, jax.devices()[ONE])
-    start = loop.first_state(setup).weights
+    setup = prepare(config, jax.devices()[ONE])
+    start = first_state(setup).weights
     loop.train(config, tmp_path / "whole", devices=jax.devices()[ONE])
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "parts", devices=jax.devices()[ONE], stop_at=3)
@@ -1046,24 +1047,24 @@ def test_last_layers_start_anew(kind, layers, base, tmp_path):
     """The weights of a model that never saw the checkpoint, there and in the pooler; the checkpoint's everywhere else."""
     config = on(config_of(kind, tmp_path), base(kind))
     one = jax.devices()[ONE]
-    loaded = loop.first_state(loop.prepare(config, one)).weights
+    loaded = first_state(prepare(config, one)).weights
     anew = replace(config, model=replace(config.model, reinit_layers=layers))
-    setup = loop.prepare(anew, one)
+    setup = prepare(anew, one)
     assert "start from random weights" in setup.note
-    random = loop.first_state(replace(setup, loaded={})).weights
+    random = first_state(replace(setup, loaded={})).weights
     last = ("bert/encoder/layer/1/", "bert/pooler/") if kind == "text" else ("resnet/encoder/stages/1/",)
-    for path, value in loop.first_state(setup).weights.items():
+    for path, value in first_state(setup).weights.items():
         expected = random if path.startswith(last) else loaded
         np.testing.assert_array_equal(value, expected[path], path)
     with pytest.raises(UserError, match=r"model.reinit-layers is 3, the model has 2; lower it"):
-        loop.prepare(replace(config, model=replace(config.model, reinit_layers=3)), one)
+        prepare(replace(config, model=replace(config.model, reinit_layers=3)), one)
     still = replace(anew.model, freeze=(f"{last[0]}.*kernel",))
     with pytest.raises(
         UserError,
         match=rf"reinit-layers 1 and model.freeze exclude .* such as {last[0]}.*kernel, would start",
     ):
-        loop.prepare(replace(config, model=still), one)
-    loop.prepare(replace(config, model=replace(still, freeze=("embedder|embeddings",))), one)
+        prepare(replace(config, model=still), one)
+    prepare(replace(config, model=replace(still, freeze=("embedder|embeddings",))), one)
     tiny.assert_resumes(replace(anew, train=replace(anew.train, steps=4)), tmp_path)
 
 
@@ -1082,11 +1083,11 @@ def test_frozen_matrices_may_be_bfloat16(base, tmp_path):
         is_frozen_matrix = value.ndim > 1 and not is_added(path) and not path.startswith("classifier/")
         assert (value.dtype == jnp.bfloat16) == is_frozen_matrix, path
 
-    setup = loop.prepare(config, one)
+    setup = prepare(config, one)
     for path, value in setup.loaded.items():
         if value.ndim > 1 and not path.startswith("classifier/"):
             setup.loaded[path] = np.asarray(jnp.asarray(value).astype(jnp.bfloat16).astype(jnp.float32))
-    state = loop.first_state(setup)
+    state = first_state(setup)
     step = make_train_step(setup.job.task, setup.job.parts, setup.updates, 1)
     with jax.numpy_dtype_promotion("standard"):
         for number in range(4):

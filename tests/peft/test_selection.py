@@ -11,6 +11,7 @@ from finetune_jax import train as loop
 from finetune_jax.errors import UserError
 from finetune_jax.models import bert, resnet
 from finetune_jax.peft.selection import Pace, depths, frozen_parameters, paces
+from finetune_jax.prepare import prepare
 from tests.tiny import assert_same_bits, config_of, saved
 
 replace = dataclasses.replace
@@ -70,7 +71,7 @@ def test_kinds_of_parameters(kind, network, tmp_path):
 
     config = config_of(network, tmp_path, steps=2)
     config = replace(config, model=replace(config.model, train=kind, batch_norm="frozen"))
-    setup = loop.prepare(config, jax.devices()[:1])
+    setup = prepare(config, jax.devices()[:1])
     paths = {*setup.state.params, *setup.state.frozen}
     assert setup.state.params.keys() == {p for p in paths if p.startswith("classifier/") or is_named(p)}
     assert len(setup.state.params) > (2 if kind != "head" else 1)

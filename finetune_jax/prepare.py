@@ -1,0 +1,161 @@
+"""From a config to all that a run needs, known to be sound before anything is written."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from finetune_jax.config import Config
+from finetune_jax.data.features import CachedFeatures
+from finetune_jax.data.packing import RowShape
+from finetune_jax.data.pipeline import Batches, Examples, train_shape
+from finetune_jax.data.sources import Source
+from finetune_jax.errors import UserError
+from finetune_jax.job import (
+    Job,
+    abstract_state_of,
+    cached_width,
+    job_from_config,
+    make_updates,
+    open_pretrained,
+    open_source,
+    pretrained_weights,
+)
+from finetune_jax.sharding import Devices, batch_parts
+from finetune_jax.state import TrainState, create_state, initial_weights
+from finetune_jax.step import Updates
+from finetune_jax.synonyms import fingerprinted, with_synonyms
+from finetune_jax.tasks import TASKS
+from finetune_jax.tasks.base import resolve_class_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is to be done, all of it known to be sound; nothing is written yet."""
+
+    config: Config
+    job: Job
+    source: Source
+    metric: str
+    """Decides what is best."""
+    examples: dict[str, Any]
+    """Splits, as the task made them."""
+    inputs: dict[str, Examples]
+    """The same, as batches are made of them."""
+    batches: Batches
+    total_steps: int
+    updates: Updates
+    state: TrainState
+    """Shapes and places."""
+    loaded: dict[str, np.ndarray]
+    """Weights of the checkpoint that is fine-tuned, until they are placed."""
+    note: str
+    """Where the weights came from."""
+
+
+def prepare(config: Config, devices: Devices | None) -> Setup:
+    """Config to data, model, batches and weights as they were read; no array is made on the mesh.
+
+    Raises:
+        UserError: Naming what cannot be used.
+    """
+    checkpoint = open_pretrained(config.model)
+    source = open_source(config, checkpoint)
+    if "train" not in source.splits:
+        raise UserError("data.train names no split; there is nothing to train on")
+    job = job_from_config(config, checkpoint, source, devices)
+    metric = deciding_metric(config)
+    if config.train.early_stopping is not None and "validation" not in source.splits:
+        raise UserError(
+            f"train.early-stopping {config.train.early_stopping} needs a validation split, and there is none; set --data.validation-fraction,"
+            " or leave it out"
+        )
+    examples: dict[str, Any] = {
+        split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
+        for split, records in source.splits.items()
+    }
+    if config.data.text.synonyms:
+        here = [device for device in job.mesh.devices.flat if device.process_index == jax.process_index()]
+        examples["train"] = with_synonyms(config, job.task, examples["train"], here)
+        source = fingerprinted(source, examples["train"])
+    job = with_class_weights(job, config, source, examples["train"])
+    parts = batch_parts(job.mesh) * config.train.accumulation
+    batch_size, longest = config.train.batch_size, job.task.row_length
+    shape = train_shape(examples["train"], batch_size, longest, config.data.batching, parts)
+    _check_mixing(config, shape)
+    batches = Batches(examples["train"], shape, config.seed, parts=parts, mesh=job.mesh)
+    total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
+    batches.steps = total_steps
+
+    updates = make_updates(config, job, total_steps)
+    inputs: dict[str, Examples] = examples
+    if width := cached_width(config, job, updates):
+        inputs = {split: CachedFeatures(features, width) for split, features in examples.items()}
+        batches.examples = inputs["train"]
+    state = abstract_state_of(job, updates)
+    model = config.model
+    loaded, note = pretrained_weights(
+        job, checkpoint, model.replace_head, model.reinit_layers, config.seed, updates.is_frozen
+    )
+    return Setup(
+        config, job, source, metric, examples, inputs, batches, total_steps, updates, state, loaded, note
+    )
+
+
+def first_state(setup: Setup) -> TrainState:
+    """The state before the first update. Weights are placed before the optimizer's state is made from them."""
+    job, updates, seed = setup.job, setup.updates, setup.config.seed
+    weights = initial_weights(job.parts, job.shardings, seed, setup.loaded)
+    return create_state(
+        weights,
+        job.shardings,
+        job.parts.statistics,
+        updates.is_frozen,
+        updates.optimizer,
+        job.mesh,
+        seed,
+        averaged=updates.averaged,
+        frozen_dtype=updates.frozen_dtype,
+    )
+
+
+def deciding_metric(config: Config) -> str:
+    """The metric of the best checkpoint, of early stopping and of a sweep.
+
+    Raises:
+        UserError: The task has none of that name.
+    """
+    task = TASKS[config.task.name]
+    name, known = config.evaluation.metric or task.metric, ("loss", *task.metric_names)
+    if name not in known:
+        raise UserError(f"evaluation.metric {name} is not among this task's metrics: {', '.join(known)}")
+    return name
+
+
+def _check_mixing(config: Config, shape: RowShape) -> None:
+    """
+    Raises:
+        UserError: No micro-batch holds two examples that could be mixed.
+    """
+    train, mixup = config.train, config.methods.mixup
+    if mixup and math.ceil(shape.rows / train.accumulation) * shape.segments < 2:
+        raise UserError(
+            f"methods.mixup mixes the examples of a micro-batch, and {shape.rows} rows of one text each over train.accumulation"
+            f" {train.accumulation} leave one in each; raise train.batch-size {train.batch_size}, or lower train.accumulation"
+        )
+
+
+def with_class_weights(job: Job, config: Config, source: Source, examples: Any) -> Job:
+    """The job with the config's class weights, counted on what the loss of the training split counts: examples, or pieces with a tag."""
+    if source.labels is None or config.task.class_weights == "none":
+        return job
+    if job.task.of_pieces:
+        known = np.asarray(examples.labels)
+        known = known[known >= 0]
+    else:
+        known = np.asarray(source.splits["train"].columns(["label"])["label"], np.int64)
+    counts = np.bincount(known, minlength=len(source.labels))
+    weights = resolve_class_weights(config.task.class_weights, source.labels, counts)
+    return dataclasses.replace(job, task=dataclasses.replace(job.task, class_weights=weights))  # pyright: ignore
