@@ -8,10 +8,12 @@
 
 A folder gets its number by one rename, when its manifest is in it: what has a number is complete. A bucket has no rename: there a
 step is written under its number, and complete when its manifest is there. `meta` is JSON: the
-position in the data, the best metric so far, evaluations without a better one.
+position in the data, the best metric so far, evaluations without a better one. Where an evaluation that a signal broke off was
+repeated later, the manifest has these anew.
 """
 
 import contextlib
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -31,6 +33,7 @@ from finetune_jax.writers import say
 
 DIRECTORY = "checkpoints"
 ITEMS = ("weights", "training")
+META = "meta"
 DAMAGED, PRUNED = ".damaged", ".pruned"
 _DRAFT = ".orbax-checkpoint-tmp"
 _SLICE_BYTES = 1 << 20
@@ -44,6 +47,8 @@ class Progress:
     """Position in the data: the number of the next batch."""
     best_step: int | None = None
     best_value: float | None = None
+    bests_before: list[int] = dataclasses.field(default_factory=list)
+    """Steps that were the best before that one, the last one last: one of them is the best where it could not be saved."""
     metric: str | None = None
     """Whose value `best_value` is; None in checkpoints of before it was kept."""
     stale: int = 0
@@ -134,7 +139,7 @@ class Checkpoints:
                     averages={path: served[path] for path in state.averages},
                     **items["training"],
                 )
-                return restored, Progress(**items["meta"])
+                return restored, self.progress(step)
             last = f"step {step}: {'; '.join(faults[:4])}"
             say(f"checkpoint of {last}; set aside as {self._set_aside(step).name}")
         damaged = list(self.folder.glob(f"*{DAMAGED}*")) if self.folder.is_dir() else []
@@ -178,13 +183,35 @@ class Checkpoints:
         if step == "latest":
             return steps[-1]
         if step == "best":
-            best = self._read(steps[-1], {})["meta"].get("best_step")
-            return best if best in steps else steps[-1]
+            return self.best_of(self.progress(steps[-1])) or steps[-1]
         if not step.isdigit() or int(step) not in steps:
             raise UserError(
                 f"there is no checkpoint of step {step}; steps are {steps}, or say best or latest"
             )
         return int(step)
+
+    def progress(self, step: int) -> Progress:
+        """What the loop knew at a step.
+
+        Raises:
+            UserError: It is not what was written.
+        """
+        folder = self.folder / str(step)
+        manifest, faults = seal.read_seal(folder)
+        faults = faults or seal.file_faults(folder, manifest, under=f"{META}/")
+        if faults:
+            others = [other for other in self.steps() if other != step]
+            raise UserError(
+                f"{folder} is damaged: {'; '.join(faults[:4])}; which step is the best is not known; other steps are {others or 'none'}"
+            )
+        return Progress(**(manifest.get("progress") or self._read(step, {})[META]))
+
+    def best_of(self, progress: Progress) -> int | None:
+        """The best step of those that are there; None where nothing was measured, or none of them is."""
+        steps = self.steps()
+        return next(
+            (step for step in (progress.best_step, *reversed(progress.bests_before)) if step in steps), None
+        )
 
     def _numbered(self) -> list[storage.Folder]:
         """Folders whose names are steps."""
@@ -262,7 +289,7 @@ class _Saving:
     """A save on its way."""
 
     step: int
-    best: int | None
+    progress: Progress
     leaves: Future[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=Future)
     """`seal.leaf_records`, when they are made."""
 
@@ -295,14 +322,14 @@ class CheckpointWriter:
     def save(self, state: TrainState, progress: Progress) -> None:
         """Start saving; returns once the arrays are copied.
 
-        A step that is saved already stays as it is: the same step has the same state.
+        A step that is saved already stays as it is, since the same step has the same state; only what `progress` knows now is kept.
         """
         step = int(state.step)
         self.wait()
         if step in self.checkpoints.steps():
-            return
+            return self._amend(step, progress)
         training = training_of(state)
-        self._current = saving = _Saving(step, progress.best_step)
+        self._current = saving = _Saving(step, copy.deepcopy(progress))
         with self._failing(step):
             self._saver.save(
                 self.checkpoints.folder / str(step),
@@ -332,9 +359,9 @@ class CheckpointWriter:
         if self._current is not None:
             with self._failing(self._current.step):
                 self._saver.wait_until_finished()
-                best, self._current, self._failure = self._current.best, None, None
+                progress, self._current, self._failure = self._current.progress, None, None
                 try:
-                    self._prune(best)
+                    self._prune(progress)
                 except OSError as error:  # what is kept too long is no failed save
                     say(f"old checkpoints could not be removed: {one_line(error)}")
 
@@ -355,6 +382,16 @@ class CheckpointWriter:
         """End the background threads."""
         with contextlib.suppress(Exception):  # said before, by check, wait or finish
             self._saver.close()
+
+    def _amend(self, step: int, progress: Progress) -> None:
+        """Keep what is known of a saved step now. Where that fails, it is as if the evaluation had not been repeated."""
+        known = self.checkpoints.progress(step)  # by all processes: Orbax reads in step
+        if jax.process_index() != 0 or known == progress:
+            return
+        try:
+            seal.amend_seal(self.checkpoints.folder / str(step), dataclasses.asdict(progress))
+        except Exception as error:  # the disk, the network, a permission
+            say(f"what was measured at step {step} could not be added to its checkpoint: {one_line(error)}")
 
     def _seal(self) -> None:
         """Orbax calls this in its own thread, when all files are written and before the folder gets its name."""
@@ -377,12 +414,12 @@ class CheckpointWriter:
                 for left in self.checkpoints.unfinished(step):
                     storage.remove(left)
 
-    def _prune(self, best: int | None) -> None:
-        """Remove what need not stay, now that a newer step is complete; `best` is the one that it calls so."""
+    def _prune(self, progress: Progress) -> None:
+        """Remove what need not stay, now that a newer step is complete; `progress` is what it knows of the best."""
         if jax.process_index() != 0:
             return
         steps = self.checkpoints.steps()
-        stay = {*steps[-self._keep :], best}
+        stay = {*steps[-self._keep :], self.checkpoints.best_of(progress)}
         for step in steps:
             if step in stay or (self._keep_every and step % self._keep_every == 0):
                 continue

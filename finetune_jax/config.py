@@ -6,8 +6,11 @@ path (`--optim.learning-rate 3e-5`); a run folder keeps the result as config.jso
 
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import json
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,7 +180,7 @@ class MethodsConfig:
     sam: float = 0.0
     """Sharpness-aware minimisation: rho, how far uphill in the parameters the gradient is taken; each step runs twice."""
     mixup: float = 0.0
-    """Mixup: each example is mixed with the next of its batch, its labels' losses likewise; shares from Beta(mixup, mixup), one an example. Images: pixels. Text (no token_classification): what the head reads of an example."""
+    """Mixup: each example is mixed with the next of its micro-batch, its labels' losses likewise; shares from Beta(mixup, mixup), one an example. Images: pixels. Text (no token_classification): what the head reads of an example."""
     cutmix: float = 0.0
     """CutMix (images): a box of the next image instead, of a share from Beta(cutmix, cutmix). With mixup too, each image gets one of the two by chance."""
     adversarial: Literal["none", "fgm", "pgd", "freelb", "smart", "vat"] = "none"
@@ -187,7 +190,7 @@ class MethodsConfig:
     radius: float = 1.0
     """Adversarial: how far an example may be moved. Text: L2 norm over the word vectors of an example. Images: of a pixel value, in levels of 255."""
     ascent_steps: int = 3
-    """All but fgm: steps uphill. Each is a forward and a backward pass."""
+    """All but fgm: steps uphill (freelb: losses along the way, the first where an example starts). Each is a forward and a backward pass."""
     ascent_rate: float | None = None
     """All but fgm: length of a step, in the measure of the radius; None: 2.5 * radius / ascent_steps."""
 
@@ -541,13 +544,17 @@ def run_file(file: Path, what: str, hint: str = "") -> Any:
     Raises:
         UserError: It is none, or fails.
     """
-    spec = importlib.util.spec_from_file_location(f"file_{file.stem}", file)
+    # By a name of its own: what pickles or annotates what is in it looks it up among the modules.
+    name = f"file_{file.stem}_{hashlib.sha256(os.fsencode(file.absolute())).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"{what} is not a Python file{hint}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads arguments ends the process
+        del sys.modules[name]
         raise UserError(f"{what} fails: {type(error).__name__}: {error}") from error
     return module
 

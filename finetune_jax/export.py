@@ -25,7 +25,7 @@ from finetune_jax.peft.hf_format import adapter_files
 from finetune_jax.peft.selection import KINDS
 from finetune_jax.runfolder import MANIFEST_FILE, RESULT_FILE
 from finetune_jax.step import make_forward
-from finetune_jax.storage import Folder
+from finetune_jax.storage import Folder, writing
 from finetune_jax.tree import Flat
 from finetune_jax.writers import say
 
@@ -100,12 +100,23 @@ def export(
 
 @contextlib.contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A draft beside `output`, renamed to it at the end: the folder is there whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
-        yield draft
-        os.chmod(draft, 0o755)  # mkdtemp made it private
-        os.rename(draft, output)
+    """A draft beside `output`, renamed to it at the end: the folder is there whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    with writing(output, "make room, or name another --output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with signals.scratch(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))) as draft:
+            yield draft
+            os.chmod(draft, 0o755)  # mkdtemp made it private
+            os.rename(draft, output)
+
+
+def other_arithmetic(one: Any, other: Any) -> list[str]:
+    """Fields in which two configs of models of one family differ, and which their outputs depend on."""
+    names = [field.name for field in dataclasses.fields(one) if field.name not in _OF_TRAINING]
+    return [name for name in names if getattr(one, name) != getattr(other, name)]
 
 
 def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) -> None:
@@ -129,13 +140,7 @@ def save_adapter(run: Folder, job: Job, weights: Flat, folder: Path, step: int) 
         raise UserError(f"{run} began with random weights, for which nobody else can use an adapter; {whole}")
     family = FAMILIES[job.family]
     its_own = parse_config(base.family, base.hf_config, base.source)
-    other = [
-        field.name
-        for field in dataclasses.fields(its_own)
-        if field.name not in _OF_TRAINING
-        and getattr(its_own, field.name) != getattr(job.model_config, field.name)
-    ]
-    if other:
+    if other := other_arithmetic(its_own, job.model_config):
         raise UserError(
             f"{run} computes with another {' and '.join(other)} than {base.source} (model.hf-config), by whose config.json others would use"
             f" an adapter; {whole}"

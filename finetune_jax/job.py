@@ -640,9 +640,10 @@ def pretrained_weights(
             f"model.reinit-layers {reinit_layers} and model.freeze exclude each other: {len(still)} parameters, such as {still[0]}, would"
             " start from random weights and not be trained; change one of them"
         )
+    pooler = " and of the pooler" if any("pooler/" in path for path in anew) else ""
     return (
         {**kept, **begun},
-        f"{note}; {len(anew)} tensors of the last {reinit_layers} layers and of the pooler start from random weights",
+        f"{note}; {len(anew)} tensors of the last {reinit_layers} layers{pooler} start from random weights",
     )
 
 

@@ -255,6 +255,10 @@ def _check_augmentation(config: Config) -> None:
         raise UserError(
             "data.image.erasing-fill is set, data.image.erasing is 0; set both, or leave both out"
         )
+    if 0 < image.hue < 1 / 512:
+        raise UserError(
+            f"data.image.hue is {image.hue:g}, must be 0 or at least {1 / 512:.4f}: a hue has 256 steps"
+        )
     if text.synonyms and config.peft.method == "prompt":
         raise UserError(
             f"data.text.synonyms {text.synonyms:g} and peft.method prompt exclude each other: the masked LM knows no virtual tokens;"

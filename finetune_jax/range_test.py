@@ -1,6 +1,7 @@
 """Learning-rate range test (Smith 2017, arXiv:1506.01186, section 3.3): the loss while the rate grows from step to step."""
 
 import dataclasses
+import io
 import math
 import os
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from finetune_jax.limits import validate
 from finetune_jax.prepare import first_state, prepare
 from finetune_jax.sharding import Devices
 from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
-from finetune_jax.storage import make, place, write_json
+from finetune_jax.storage import make, place, write_bytes, write_json, writing
 from finetune_jax.writers import say
 
 JSON_FILE, PICTURE_FILE = "range.json", "range.png"
@@ -44,7 +45,8 @@ def range_test(
 ) -> dict[str, Any]:
     """Take updates with rates lowest * (highest / lowest)^(n / (steps - 1)) until the loss diverges, and save nothing of them.
 
-    It is short, and begins anew where it was stopped. The recipe's warm-up and schedule do not count here.
+    It is short, and begins anew where it was stopped. The recipe's warm-up, schedule and unfreezing do not count here, nor what
+    changes no update: averages of the weights, early stopping.
 
     Args:
         config: The recipe.
@@ -73,7 +75,12 @@ def range_test(
     use_cache(cache_root(config.data))
     # Features that are computed in each step are those that would be kept.
     model = dataclasses.replace(config.model, cache_features=False)
-    config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, steps=steps))
+    methods = dataclasses.replace(
+        config.methods, swa=None, swa_every=1
+    )  # `ema` may hold updates back (proximal)
+    optim = dataclasses.replace(config.optim, unfreeze_every=None)
+    own = dataclasses.replace(config.train, steps=steps, early_stopping=None)
+    config = dataclasses.replace(config, model=model, methods=methods, optim=optim, train=own)
     setup = prepare(config, devices)
     if jax.process_index() == 0:
         make(folder)  # that it cannot be made is known before the test
@@ -107,8 +114,9 @@ def range_test(
             break
     found = summary(rates, losses)
     if jax.process_index() == 0:
-        write_json(folder / JSON_FILE, found)
-        _draw(pyplot, found, folder / PICTURE_FILE)
+        with writing(folder, "make room, or name another --workdir"):
+            write_json(folder / JSON_FILE, found)
+            write_bytes(folder / PICTURE_FILE, _drawn(pyplot, found))
     return found
 
 
@@ -165,7 +173,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _draw(pyplot: Any, found: dict[str, Any], file: Any) -> None:
+def _drawn(pyplot: Any, found: dict[str, Any]) -> bytes:
+    """A PNG."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot(found["rates"], found["losses"], color="0.8", label="loss of a step")
     axes.plot(found["rates"], found["smoothed"], color="tab:blue", label="smoothed")
@@ -175,9 +184,10 @@ def _draw(pyplot: Any, found: dict[str, Any], file: Any) -> None:
     # The end of the curve would else press all before it flat.
     axes.set_ylim(0, 1.5 * max(found["smoothed"][0], found["losses"][0]))
     axes.legend()
-    with file.open("wb") as stream:
-        figure.savefig(stream, format="png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
+    return picture.getvalue()
 
 
 def told(found: dict[str, Any]) -> str:

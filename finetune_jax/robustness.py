@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from finetune_jax.config import Config
@@ -14,13 +15,11 @@ from finetune_jax.data.words import outside_of
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Opened, evaluate, evaluate_model, open_splits
 from finetune_jax.job import make_ball
-from finetune_jax.methods.objective import uphill
 from finetune_jax.methods.perturbation import Perturbation
 from finetune_jax.predict import Lines
 from finetune_jax.state import ModelParts
 from finetune_jax.step import DeviceBatch, StepSums
-from finetune_jax.synonyms import replaced_once
-from finetune_jax.tasks import Task
+from finetune_jax.synonyms import open_masked_lm, replaced_once
 from finetune_jax.tasks.base import OFFSET, ClassTask
 from finetune_jax.tree import Flat, unflatten
 
@@ -107,6 +106,10 @@ def evaluate_and_try(
         raise UserError(
             f"--robustness-masked-lm replaces words of texts; {model} reads pixels or virtual tokens; leave it out"
         )
+    if options.masked_lm is not None:  # before the rest, which takes as long as several evaluations
+        task: Any = job.task
+        length = opened.config.data.max_length
+        open_masked_lm(options.masked_lm, task.tokenizer, length, "--robustness-masked-lm")
     plain = Robustness()
     if job.family != "bert" and (options.rates, options.seed) != (plain.rates, plain.seed):
         raise UserError(f"--robustness-rates and -seed are of words; {model} reads pixels; leave them out")
@@ -135,8 +138,26 @@ def evaluate_and_try(
     )
 
 
+def lead(task: ClassTask, logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """What an adversary drives up: by how much the other classes together lead the true one, summed over what has a label.
+
+    With m = log(sum of e^z over the others) - z of the true class, cross-entropy is log(1 + e^m), and leads the same way. But in
+    float32 its softmax rounds to 1 where m is below -17, and what pulls at the true class is gone: a model that is sure would pass
+    for one that withstands. Where an example has one label m itself is climbed; where it has several, as a sentence has tags,
+    log(1 + e^m) weighs them, computed without that rounding.
+    """
+    classes = logits.shape[-1]
+    if classes == 1:
+        return task.loss(logits, batch)[0]
+    logits, labels = logits.astype(jnp.float32), batch["labels"][..., None]
+    is_true = labels == jnp.arange(classes, dtype=labels.dtype).reshape((1,) * (labels.ndim - 1) + (classes,))
+    others = jax.nn.logsumexp(jnp.where(is_true, -jnp.inf, logits), axis=-1)
+    leads = others - jnp.sum(jnp.where(is_true, logits, 0.0), axis=-1)
+    return jnp.sum((jax.nn.softplus(leads) if task.of_pieces else leads) * batch["weights"])
+
+
 def make_attack(
-    task: Task, parts: ModelParts, ball: Perturbation, steps: int
+    task: ClassTask, parts: ModelParts, ball: Perturbation, steps: int
 ) -> Callable[[Flat, DeviceBatch], tuple[jax.Array, StepSums]]:
     """(weights, batch) -> (logits, loss sums) where so many steps uphill from each example lead, in evaluation mode."""
 
@@ -149,7 +170,8 @@ def make_attack(
         key = jax.random.key(0)
 
         def climb(_: Any, offset: jax.Array) -> jax.Array:
-            return ball.ascend(offset, uphill(task, run, batch, key, offset), batch)
+            gradient = jax.grad(lambda o: lead(task, run(key, o)[0], batch))(offset)
+            return ball.ascend(offset, gradient, batch)
 
         logits, _ = run(key, jax.lax.fori_loop(0, steps, climb, ball.start(batch, None)))
         return logits, {"loss": task.loss(logits, batch)}

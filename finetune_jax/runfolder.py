@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from finetune_jax import __version__, storage
-from finetune_jax.config import Config, load_saved, to_dict
+from finetune_jax.config import Config, field_paths, load_saved, to_dict
 from finetune_jax.data.packing import RowShape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
@@ -68,9 +68,9 @@ def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] =
     allowed = tuple(name.replace("-", "_") for name in allow_change)
     for name in allowed:
         if not name.startswith(MAY_CHANGE):
-            shown = ", ".join(MAY_CHANGE).replace("_", "-")
+            listed = ", ".join(MAY_CHANGE).replace("_", "-")
             raise UserError(
-                f"--allow-change {name.replace('_', '-')}: only these may change in a run: {shown}"
+                f"--allow-change {name.replace('_', '-')}: only these may change in a run: {listed}"
             )
     if not (run / CONFIG_FILE).is_file():
         # Hidden are the lock, and a draft of config.json where the disk was full or a kill came.
@@ -87,10 +87,18 @@ def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] =
         raise UserError(
             f"{run} has ended, and its result was chosen by evaluation.metric {was}; change it back, or name a new --workdir"
         )
+    fields = [name.replace("-", "_") for name in field_paths()]
+
+    def field_of(path: str) -> str:
+        """A table's entry is of the table's field: labels and regexes are no part of its name."""
+        return next((name for name in fields if path.startswith(f"{name}.")), path)
+
     changed = [
         path
         for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and not path.startswith(FREE_TO_CHANGE) and path not in allowed
+        if old.get(path) != new.get(path)
+        and not path.startswith(FREE_TO_CHANGE)
+        and field_of(path) not in allowed
     ]
     shares = {
         "methods.swa": config.methods.swa is not None,
@@ -102,11 +110,15 @@ def check_same_config(config: Config, run: Folder, allow_change: Sequence[str] =
                 f"{name} begins at a share of the training, which --allow-change would move; name a new --workdir"
             )
     if changed:
-        listed = "; ".join(
-            f"{path.replace('_', '-')} {old.get(path)!r} -> {new.get(path)!r}" for path in changed
-        )
-        safe = [path.replace("_", "-") for path in changed if path.startswith(MAY_CHANGE)]
-        hint = f", or say --allow-change {' '.join(safe)}" if len(safe) == len(changed) else ""
+
+        def shown(path: str) -> str:
+            field = field_of(path)
+            return field.replace("_", "-") + path[len(field) :]
+
+        listed = "; ".join(f"{shown(path)} {old.get(path)!r} -> {new.get(path)!r}" for path in changed)
+        names = dict.fromkeys(field_of(path).replace("_", "-") for path in changed)
+        safe = all(path.startswith(MAY_CHANGE) for path in changed)
+        hint = f", or say --allow-change {' '.join(names)}" if safe else ""
         raise UserError(
             f"{run} was begun with another config: {listed}; change it back{hint}, or name a new --workdir"
         )
@@ -135,12 +147,8 @@ def open_run_folder(config: Config, run: Folder, job: Job, source: Source, shape
             if (run / MANIFEST_FILE).is_file():
                 _go_on(config, run, job, source, shape)
             elif first:
-                try:
+                with storage.writing(run, "name another --workdir, or make room"):
                     _begin(config, run, job, source, shape)
-                except OSError as error:
-                    raise UserError(
-                        f"{error.filename or run} cannot be written: {error.strerror}; name another --workdir, or make room"
-                    ) from error
             yield
     except PermissionError as error:
         raise UserError(

@@ -71,8 +71,23 @@ def write_seal(folder: Folder, step: int, leaves: Mapping[str, Mapping[str, Any]
         "leaves": dict(leaves),
         "files": {name: {"bytes": size_of(path), "xxh3_128": digests[name]} for name, path in files.items()},
     }
-    manifest["xxh3_128"] = _digest_of(manifest)
-    write_text(folder / FILE, json.dumps(manifest, indent=1))
+    _write(folder, manifest)
+
+
+def amend_seal(folder: Folder, progress: Mapping[str, Any]) -> None:
+    """Put into the manifest, all at once, what the loop has come to know since the step was saved: its files stay as they are.
+
+    Raises:
+        OSError: The manifest cannot be read or written.
+    """
+    manifest, faults = read_seal(folder)
+    if faults:
+        raise OSError(faults[0])
+    _write(folder, {**manifest, "progress": dict(progress)})
+
+
+def _write(folder: Folder, manifest: Mapping[str, Any]) -> None:
+    write_text(folder / FILE, json.dumps({**manifest, "xxh3_128": _digest_of(manifest)}, indent=1))
 
 
 def read_seal(folder: Folder) -> tuple[dict[str, Any], list[str]]:
@@ -91,10 +106,12 @@ def read_seal(folder: Folder) -> tuple[dict[str, Any], list[str]]:
     return manifest, []
 
 
-def file_faults(folder: Folder, manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the files: missing, cut, changed, or not listed."""
-    faults, present = [], _files(folder)
-    for name, record in manifest["files"].items():
+def file_faults(folder: Folder, manifest: Mapping[str, Any], under: str = "") -> list[str]:
+    """What is wrong with the files, or those whose names begin with `under`: missing, cut, changed, or not listed."""
+    present = {name: path for name, path in _files(folder).items() if name.startswith(under)}
+    listed = {name: record for name, record in manifest["files"].items() if name.startswith(under)}
+    faults = []
+    for name, record in listed.items():
         if name not in present:
             faults.append(f"file {name} is missing")
             continue
@@ -106,7 +123,7 @@ def file_faults(folder: Folder, manifest: Mapping[str, Any]) -> list[str]:
                 faults.append(f"file {name} is not what was written")
         except OSError as error:
             faults.append(f"file {name} cannot be read ({error.strerror})")
-    return faults + [f"file {name} was not written with it" for name in present.keys() - manifest["files"]]
+    return faults + [f"file {name} was not written with it" for name in present.keys() - listed]
 
 
 def leaf_faults(manifest: Mapping[str, Any], leaves: Mapping[str, np.ndarray]) -> list[str]:

@@ -16,7 +16,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.limits import validate
 from finetune_jax.runfolder import MANIFEST_FILE
 from finetune_jax.sharding import Devices
-from finetune_jax.storage import Folder, make, place, write_json
+from finetune_jax.storage import Folder, make, place, write_json, writing
 from finetune_jax.train import Diverged, train
 from finetune_jax.writers import say
 
@@ -74,7 +74,8 @@ def train_seeds(
     say(table(summary))
     if jax.process_index() == 0:
         make(folder)
-        write_json(folder / SEEDS_FILE, summary)
+        with writing(folder / SEEDS_FILE, "make room, and the same command goes on"):
+            write_json(folder / SEEDS_FILE, summary)
     return summary
 
 

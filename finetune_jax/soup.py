@@ -13,7 +13,7 @@ from finetune_jax.config import Config, MeshConfig, load_saved
 from finetune_jax.ensemble import members
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Opened, evaluate, records_of
-from finetune_jax.export import CARD_FILE, whole_folder
+from finetune_jax.export import CARD_FILE, other_arithmetic, whole_folder
 from finetune_jax.hf import files
 from finetune_jax.hf.pretrained import export_tensors
 from finetune_jax.job import CONFIG_FILE, Job, is_run, make_job, save_model_folder
@@ -70,6 +70,11 @@ def soup(runs: Sequence[str], output: Path, *, greedy: bool = False) -> dict[str
         raise UserError(
             f"{different[0]} has weights of other shapes than {runs[0]}; a soup needs runs of one model"
         )
+    for run, (job, _) in zip(runs, found, strict=True):
+        if names := other_arithmetic(first.model_config, job.model_config):
+            raise UserError(
+                f"{run} computes with another {' and '.join(names)} than {runs[0]}; a soup needs runs of one model"
+            )
     metric = config.evaluation.metric or plain.task.metric
     chosen = list(range(len(runs)))
     value_of = _measuring(config, plain, [flat for _, flat in found], metric, greedy)

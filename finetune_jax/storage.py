@@ -103,14 +103,19 @@ def size_of(file: Folder) -> int:
 
 
 def write_text(file: Folder, text: str) -> None:
-    """All at once: a kill leaves the old text or the new."""
+    """In UTF-8, as `write_bytes` does."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Folder, content: bytes) -> None:
+    """All at once: a kill leaves the old content or the new."""
     if in_bucket(file):
-        _bucket().pipe_file(str(file), text.encode())
+        _bucket().pipe_file(str(file), content)
         return
     draft = Path(file).with_name(f".{file.name}.draft")
     try:
-        with draft.open("w", encoding="utf-8") as out:
-            out.write(text)
+        with draft.open("wb") as out:
+            out.write(content)
             out.flush()
             os.fsync(out.fileno())
         os.replace(draft, file)
@@ -141,6 +146,24 @@ def write_output(output: Path | None, text: str) -> None:
 def write_json(file: Folder, values: Any) -> None:
     """Indented, as `write_text` does."""
     write_text(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def writing(place: Folder, fix: str) -> Iterator[None]:
+    """What the disk refuses, in one line.
+
+    Args:
+        place: What is written, where the error does not name it.
+        fix: What the user can do.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or _one_line(error)
+        raise UserError(f"{error.filename or place} cannot be written: {why}; {fix}") from error
 
 
 def remove(folder: Folder) -> None:
@@ -243,9 +266,25 @@ def hold(folder: Folder) -> Iterator[None]:
         ) from None
 
 
-def _held_file(folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """The operating system frees the lock of a process that dies, however it dies."""
-    return filelock.FileLock(folder / LOCK_FILE, timeout=0)
+@contextlib.contextmanager
+def _held_file(folder: Path) -> Iterator[None]:
+    """The operating system frees the lock of a process that dies, however it dies.
+
+    Raises:
+        filelock.Timeout: Another process holds it.
+        UserError: The file cannot be made.
+    """
+    lock = filelock.FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:  # an OSError too
+        raise
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; name another --workdir") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

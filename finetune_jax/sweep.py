@@ -1,9 +1,10 @@
 """Search for hyper-parameters with Optuna: each trial is a run folder; what was running when the process died goes on."""
 
+import contextlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from finetune_jax.limits import validate
 from finetune_jax.prepare import deciding_metric
 from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
-from finetune_jax.storage import Folder, hold, in_bucket, make, place, remove, write_json
+from finetune_jax.storage import Folder, hold, in_bucket, make, place, remove, write_json, writing
 from finetune_jax.train import Diverged, OnEvaluation, Pruned, Refused, Stopped, train
 from finetune_jax.writers import say
 
@@ -30,6 +31,8 @@ _AS_JSON = ("model.hf-config",)
 """Fields that are one word on the command line although they hold several."""
 _REFUSED = 10
 """Trials in a row whose refusal ends the sweep: some values may not go together, but of so many something else is wrong."""
+_WAIT_SECONDS = 60.0
+"""For whoever else has the study's database open, such as a dashboard."""
 _FIRST_TRIALS = 5
 """Trials before the first that may be pruned: fewer say too little of what is usual."""
 
@@ -39,6 +42,10 @@ _ALIKE = (
     "data.source",
     "data.name",
     "data.path",
+    "data.format",
+    "data.columns",
+    "data.bad-records",
+    "data.max-bad-records",
     "data.validation",
     "data.validation-fraction",
     "data.test-fraction",
@@ -94,7 +101,7 @@ def sweep(
     if not (folder / STUDY_FILE).is_file() and (is_run(folder) or runs_in(folder)):
         raise UserError(f"{folder} has runs in it and no sweep; name another --workdir")
     make(folder)
-    with hold(folder):
+    with hold(folder), _reaching(optuna, folder / STUDY_FILE):
         study = _open_study(optuna, config, metric, folder)
         states = optuna.trial.TrialState
         known = study.get_trials(deepcopy=False)
@@ -162,7 +169,8 @@ def sweep(
             _keep_the_best(study, folder, states)
         _keep_the_best(study, folder, states)  # where a kill came between the last trial and this
         summary = _summary(study, metric, states)
-        write_json(folder / SUMMARY_FILE, summary)
+        with writing(folder / SUMMARY_FILE, "make room, and the same command goes on"):
+            write_json(folder / SUMMARY_FILE, summary)
     say(_told(summary))
     if all(row["state"] == "fail" for row in summary["trials"]):
         raise UserError(
@@ -181,7 +189,9 @@ def _open_study(optuna: Any, config: Config, metric: str, folder: Folder) -> Any
     file = Path(folder).resolve() / STUDY_FILE
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{file}",
+            storage=optuna.storages.RDBStorage(
+                f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": _WAIT_SECONDS}}
+            ),
             study_name=_NAME,
             direction=direction,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=_FIRST_TRIALS),
@@ -202,6 +212,21 @@ def _open_study(optuna: Any, config: Config, metric: str, folder: Folder) -> Any
     return study
 
 
+@contextlib.contextmanager
+def _reaching(optuna: Any, file: Folder) -> Iterator[None]:
+    """
+    Raises:
+        UserError: The study's database, which was opened, cannot be read or written any more.
+    """
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        why = one_line(error.__cause__ or error)
+        raise UserError(
+            f"{file} cannot be used ({why}); close what else has it open, or make room, and the same command goes on"
+        ) from error
+
+
 def _asked(study: Any, trial: Any) -> OnEvaluation:
     """Tells the study of a trial's evaluations, and answers whether it is hopeless.
 
@@ -214,10 +239,17 @@ def _asked(study: Any, trial: Any) -> OnEvaluation:
         now = round(100 * share)
         # A trial that goes on may measure again what it has told of.
         first = max(told) + 1 if told else now
-        for percent in range(first, now + 1):
-            told[percent] = value if percent == now else told[percent - 1]
-            trial.report(told[percent], percent)
-        return trial.should_prune()
+        try:
+            for percent in range(first, now + 1):
+                here = value if percent == now else told[percent - 1]
+                trial.report(here, percent)
+                told[percent] = here
+            return trial.should_prune()
+        except _optuna().exceptions.StorageInternalError as error:
+            # Training is worth more than its being compared.
+            why = one_line(error.__cause__ or error)
+            say(f"trial {trial.number}: {STUDY_FILE} was not told of this evaluation ({why})")
+            return False
 
     return is_hopeless
 
@@ -334,7 +366,11 @@ def applied(config: Config, values: Mapping[str, Any], space: str | os.PathLike[
         place: dict[str, Any] = fields
         for room in rooms:
             place = place[room]
-        place[name] = {**place[name], **value} if path in _AS_JSON else value  # as on the command line
+        if path in _AS_JSON:  # as on the command line
+            if not isinstance(value, Mapping):
+                raise Refused(f"{space}: {path} is {value!r}, must be values by the names of config.json")
+            value = {**place[name], **value}
+        place[name] = value
     try:
         return validate(from_dict(fields, str(space)))
     except UserError as error:

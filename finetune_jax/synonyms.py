@@ -135,9 +135,13 @@ def replaced_once(
         UserError: As `with_synonyms`.
     """
     assert isinstance(task, TextTask)
-    text = TextConfig(synonyms=rate, masked_lm=masked_lm)
     tokenizer = task.tokenizer
     vocabulary = Vocabulary.of(tokenizer.backend, tokenizer.unknown_id, task.virtual_ids.stop)
+    most = max(
+        1, int(vocabulary.whole.sum()) - 1
+    )  # of a tiny vocabulary: an entry is no candidate for itself
+    count = min(TextConfig().synonym_candidates, most)
+    text = TextConfig(synonyms=rate, masked_lm=masked_lm, synonym_candidates=count)
     own = dataclasses.replace(config, data=dataclasses.replace(config.data, text=text))
     varied = dataclasses.replace(features, augmentation=WordAugmentation(text, vocabulary, seed))
     varied = with_synonyms(own, task, varied, devices)
@@ -154,41 +158,47 @@ def fingerprinted(source: Source, features: TextFeatures) -> Source:
     return dataclasses.replace(source, fingerprint=fingerprint)
 
 
-def open_masked_lm(place: str, tokenizer: TextTokenizer, max_length: int) -> Checkpoint:
+def open_masked_lm(place: str, tokenizer: TextTokenizer, max_length: int, knob: str = KNOB) -> Checkpoint:
     """
+    Args:
+        place: A folder, or a name on the hub.
+        tokenizer: Of the model whose words are replaced.
+        max_length: The longest text that it reads.
+        knob: What names the place, in errors.
+
     Raises:
         UserError: It is not there, is no masked language model, or does not read our pieces.
     """
     checkpoint = open_checkpoint(os.path.expandvars(place))
     fields = checkpoint.hf_config
     if checkpoint.family != "bert":
-        raise UserError(f"{KNOB} {place} is a {checkpoint.family}, must be a BertForMaskedLM")
+        raise UserError(f"{knob} {place} is a {checkpoint.family}, must be a BertForMaskedLM")
     with Tensors(checkpoint.folder, WEIGHTS) as tensors:
         if not any(key.startswith("cls.predictions.") for key in tensors):
             raise UserError(
-                f"{KNOB} {place} has no cls.predictions.*: its head is gone; name a BertForMaskedLM"
+                f"{knob} {place} has no cls.predictions.*: its head is gone; name a BertForMaskedLM"
             )
     if fields.get("tie_word_embeddings") is False:
         raise UserError(
-            f"{KNOB} {place}: tie_word_embeddings is false, only a decoder that is the word embeddings is supported"
+            f"{knob} {place}: tie_word_embeddings is false, only a decoder that is the word embeddings is supported"
         )
     theirs, own = load_tokenizer(checkpoint.folder).backend.get_vocab(), tokenizer.backend.get_vocab()
     if theirs != own:
         odd = min(theirs.items() ^ own.items(), key=lambda entry: entry[1])
         raise UserError(
-            f"{KNOB} {place} has another vocabulary than the model ({len(theirs)} and {len(own)} entries, the first that"
+            f"{knob} {place} has another vocabulary than the model ({len(theirs)} and {len(own)} entries, the first that"
             f" differs is {odd[0]!r}); name one with the same tokenizer"
         )
     if "[MASK]" not in own and "<mask>" not in own:
-        raise UserError(f"{KNOB} {place}: the vocabulary has no [MASK]; synonyms need one")
+        raise UserError(f"{knob} {place}: the vocabulary has no [MASK]; synonyms need one")
     config: Any = parse_config("bert", fields, checkpoint.source)
     if len(own) > config.vocab_size:
         raise UserError(
-            f"{KNOB} {place} has {config.vocab_size} rows for {len(own)} entries; they must match"
+            f"{knob} {place} has {config.vocab_size} rows for {len(own)} entries; they must match"
         )
     if max_length > config.max_position_embeddings:
         raise UserError(
-            f"data.max-length {max_length} is over the positions of {KNOB} {place}, {config.max_position_embeddings}; lower it"
+            f"data.max-length {max_length} is over the positions of {knob} {place}, {config.max_position_embeddings}; lower it"
         )
     return checkpoint
 
@@ -293,7 +303,10 @@ def _program(parts: ModelParts, vocabulary: Vocabulary, count: int) -> Callable[
     """Compiled at its first call: (weights, batch with columns and own, BxK) -> candidates BxKxk."""
     table_V = parts.abstract["cls/predictions/bias"]
     barred_V = np.ones(table_V.shape, bool)
-    barred_V[: len(vocabulary.whole)] = ~vocabulary.whole
+    shared = min(
+        barred_V.size, len(vocabulary.whole)
+    )  # either may have rows that no entry of the tokenizer has
+    barred_V[:shared] = ~vocabulary.whole[:shared]
 
     def likeliest(weights: Flat, batch: dict[str, jax.Array]) -> jax.Array:
         model: Any = nnx.merge(parts.graphdef, unflatten(weights), copy=True)

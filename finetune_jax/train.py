@@ -30,7 +30,7 @@ from finetune_jax.programs import Programs
 from finetune_jax.runfolder import RESULT_FILE, check_same_config, flat_fields, open_run_folder
 from finetune_jax.sharding import Devices
 from finetune_jax.state import TrainState, parameter_counts
-from finetune_jax.storage import Folder, place, write_json
+from finetune_jax.storage import Folder, place, write_json, writing
 from finetune_jax.writers import Writer, say
 
 OF_ONE_HOST = ("data.path", "data.cache_dir", "data.threads", "data.workers")
@@ -132,7 +132,7 @@ def fit(
     if progress.metric not in (None, setup.metric):
         say(f"evaluation.metric was {progress.metric}: what was best by that is forgotten")
         progress.best_step = progress.best_value = None
-        progress.stale = 0
+        progress.bests_before, progress.stale = [], 0
     progress.metric = setup.metric
     step = int(state.step)
     if ended and (step == total_steps or progress.stale >= patience):
@@ -151,7 +151,7 @@ def fit(
     # The loop. Within a step the order is: update, read the previous step's numbers, evaluate, save, stop. The data
     # position is saved with the state it belongs to, and the best metric is updated before the save that records it.
     # ----------------------------------------------------------------------------------------------------------------
-    writer = Writer(run, config.train.tensorboard, step, total_steps)
+    writer = Writer(run, config.train.tensorboard, step, total_steps, measures_again=progress.unevaluated)
     meter = Meter(batches, step)
     trace = Trace(run, profile, total_steps - step)
     unreadable: list[Unreadable] = []
@@ -171,15 +171,21 @@ def fit(
             write_train_row(setup, writer, meter, pending[0], values)
             pending = None
 
+    def catch_up() -> None:
+        """With the numbers of the last step that was begun."""
+        write_pending()
+        with meter.during("device"):
+            check_finite(config, step, sums)
+
     def save() -> None:
         """The rows first: what goes on from a checkpoint does not write those before it again."""
-        write_pending()
+        catch_up()
         with meter.during("saving"):
             writer.send()
             saver.save(state, progress)
 
     def measure() -> None:
-        write_pending()  # before the evaluation's row, also where that is repeated
+        catch_up()  # before the evaluation's row, also where that is repeated
         with meter.during("evaluation"):
             validation.measure(state, step, stop)
 
@@ -191,6 +197,7 @@ def fit(
             stop = runtime.Stop(watch)
             if progress.unevaluated:
                 measure()
+                save()  # of this step only what is known of it now
             ahead = device_batches(batches, job.mesh, progress.next_batch, Reading.of(config.data))
             readable = () if progress.unevaluated else until_unreadable(ahead, unreadable)
             for batch in meter.waiting_for("input", readable):
@@ -207,6 +214,7 @@ def fit(
                 step += 1
                 progress.next_batch = step
                 write_pending()
+                check_finite(config, step - 1, before)
                 pending = (step, sums) if step % config.train.log_every == 0 or step == total_steps else None
                 writer.advance(step)
                 saver.check()
@@ -222,7 +230,7 @@ def fit(
                     break
                 if not late.listening:  # all that a run does has been compiled before it, or done once
                     end.enter_context(late)
-            write_pending()
+            catch_up()
             trace.close()
             signals.phase("saving")
             if unreadable and step and jax.process_count() == 1:  # of several, the others know nothing of it
@@ -279,7 +287,11 @@ def finish(
             f"{begins} update {setup.updates.decides_from}, and {step - updates} of {step} were skipped: {lacks}; lower {lower} in a new"
             " --workdir"
         )
-    best, weights = progress.best_step or step, state.served
+    best, weights = saver.checkpoints.best_of(progress) or step, state.served
+    if progress.best_step not in (None, best):
+        writer.say(
+            f"step {progress.best_step} was the best, and could not be saved; the result is of step {best}"
+        )
     if best != step:
         try:
             weights = saver.checkpoints.restore_weights(jax.tree.map(abstract_leaf, weights), best)
@@ -308,7 +320,8 @@ def finish(
         "parameters": dict(zip(("trained", "total"), parameter_counts(state), strict=True)),
     }
     if jax.process_index() == 0:
-        write_json(run / RESULT_FILE, result)
+        with writing(run / RESULT_FILE, "make room, and the same command goes on"):
+            write_json(run / RESULT_FILE, result)
     if (advice := meter.advice()) is not None:
         say(advice)
     kept = saver.checkpoints.steps()
@@ -383,6 +396,8 @@ class Validation:
         better = metrics.is_better(setup.metric, value, progress.best_value)
         progress.stale = 0 if better else progress.stale + 1
         if better:
+            if progress.best_step is not None:
+                progress.bests_before.append(progress.best_step)
             progress.best_step, progress.best_value = step, value
 
 
@@ -441,11 +456,7 @@ def padding_row(batches: Batches) -> dict[str, float]:
 
 
 def write_train_row(setup: Setup, writer: Writer, meter: Meter, step: int, sums: Any) -> None:
-    """The numbers of one step, read when the next one is already on its way.
-
-    Raises:
-        UserError: Too many updates in a row were not finite.
-    """
+    """The numbers of one step, read when the next one is already on its way."""
     values, rates = metrics.means(sums), meter.rates(step)
     in_a_row = int(values.pop("skipped_in_a_row"))
     values["skipped"] = int(values["skipped"])
@@ -457,11 +468,20 @@ def write_train_row(setup: Setup, writer: Writer, meter: Meter, step: int, sums:
     writer.advance(step, **shown)
     if in_a_row:
         writer.say(f"step {step}: loss or gradient is not finite; {in_a_row} updates in a row are skipped")
-    if in_a_row >= setup.config.train.stop_after_skipped:
+
+
+def check_finite(config: Config, step: int, sums: Any) -> None:
+    """Of every step that is done, whether its numbers are written or not; None of one that was done before.
+
+    Raises:
+        Diverged: Too many updates in a row were not finite.
+    """
+    in_a_row = 0 if sums is None else int(jax.device_get(sums["skipped_in_a_row"][0]))
+    if in_a_row >= config.train.stop_after_skipped:
         raise Diverged(
             f"{in_a_row} updates in a row up to step {step} had a loss or a gradient that is not finite"
-            f" (train.stop-after-skipped {setup.config.train.stop_after_skipped}); the last good checkpoint stays:"
-            f" look at the data, or lower optim.learning-rate ({setup.config.optim.learning_rate:g}) in a new --workdir"
+            f" (train.stop-after-skipped {config.train.stop_after_skipped}); the last good checkpoint stays:"
+            f" look at the data, or lower optim.learning-rate ({config.optim.learning_rate:g}) in a new --workdir"
         )
 
 

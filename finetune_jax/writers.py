@@ -28,13 +28,16 @@ TIMINGS = "timings.jsonl"
 class Writer:
     """Rows of scalars of one run. On hosts other than the first it writes nothing."""
 
-    def __init__(self, run: Folder, tensorboard: bool, resumed_at: int, total: int) -> None:
+    def __init__(
+        self, run: Folder, tensorboard: bool, resumed_at: int, total: int, measures_again: bool = False
+    ) -> None:
         """
         Args:
             run: The run folder.
             tensorboard: Whether to write event files.
             resumed_at: Step that training starts from; rows of later steps, left by a stopped run, are removed.
             total: Updates in all, for the progress bar.
+            measures_again: The evaluation at `resumed_at` is still to come: a row that it has left goes too.
         """
         self._files: dict[str, Any] = {}
         self._mirror: Mirror | None = None
@@ -45,7 +48,7 @@ class Writer:
         self._mirror = Mirror(run, FILE, TIMINGS)
         for name in (FILE, TIMINGS):
             file = self._mirror.local / name
-            _forget_after(file, resumed_at)
+            _forget_after(file, resumed_at, measures_again)
             self._files[name] = file.open("a", encoding="utf-8")
         if tensorboard:
             self._tensorboard = EventFiles(self._mirror.local)
@@ -115,7 +118,7 @@ def say(text: str) -> None:
         tqdm.write(without_secrets(text), file=sys.stderr)
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _forget_after(path: Path, step: int, measures_again: bool) -> None:
     """Keep the rows up to `step` (0: none). Replaced at once, so that a kill leaves the old file or the new one."""
     if not path.exists():
         return
@@ -125,6 +128,8 @@ def _forget_after(path: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # a line that a kill cut short
+        if measures_again and (row["kind"], row["step"]) == ("validation", step):
+            continue
         if row["step"] <= step and row["kind"] != "test" and step:
             kept.append(line + "\n")
     draft = path.with_suffix(".draft")

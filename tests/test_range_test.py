@@ -100,3 +100,17 @@ def test_wrong_limits_are_one_line(words, message, tmp_path, capsys):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+def test_what_changes_no_update_does_not_count(tmp_path):
+    """A recipe of more updates than the test has, with what is a share of them, or comes after some."""
+    config = config_of("text", tmp_path)
+    plain = range_test(config, tmp_path / "plain", 1e-6, 1.0, 12, devices=jax.devices()[:1])
+    config = replace(
+        config,
+        methods=replace(config.methods, swa=0.75, swa_every=50),
+        optim=replace(config.optim, unfreeze_every=100),
+        train=replace(config.train, early_stopping=2),
+        data=replace(config.data, validation=None),
+    )
+    assert range_test(config, tmp_path / "w", 1e-6, 1.0, 12, devices=jax.devices()[:1]) == plain

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from finetune_jax import cli
+from finetune_jax import cli, robustness
 from finetune_jax import train as loop
 from finetune_jax.data.noise import in_text, swap_words, typos
 from finetune_jax.data.packing import Placement, RowShape
@@ -18,7 +19,7 @@ from finetune_jax.evaluate import open_splits
 from finetune_jax.export import export
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
 from finetune_jax.predict import Lines
-from finetune_jax.robustness import Robustness, make_attack, under_noise, with_noise
+from finetune_jax.robustness import Robustness, lead, make_attack, under_noise, with_noise
 from finetune_jax.synonyms import replaced_once
 from finetune_jax.tasks.base import OFFSET
 from finetune_jax.tree import unflatten
@@ -237,3 +238,29 @@ def test_words_are_replaced_by_what_a_masked_lm_finds(runs, masked_lm, capsys):
     found = json.loads(capsys.readouterr().out)["robustness"]
     assert set(found["synonyms"]) == {"0.5"}
     assert 0 <= found["synonyms"]["0.5"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("gap", [5.0, 20.0, 60.0])
+@pytest.mark.parametrize("of_pieces", [False, True])
+def test_a_model_that_is_sure_is_climbed_the_same_way(gap, of_pieces):
+    """The direction of cross-entropy's gradient, which in float64 is softmax - one_hot; in float32 nothing may be lost of it."""
+    logits = np.array([[[gap, 0.3, -0.7], [0.1, 0.2, 0.4]], [[1.0, gap, 2.0], [0.0, 0.0, 0.0]]])
+    labels, weights = np.array([[0, 2], [1, 0]]), np.array([[1.0, 1.0], [1.0, 0.0]])
+    kind: Any = types.SimpleNamespace(of_pieces=of_pieces)
+    batch = {"labels": jnp.asarray(labels, jnp.int32), "weights": jnp.asarray(weights, jnp.float32)}
+    found = np.asarray(jax.grad(lambda x: lead(kind, x, batch))(jnp.asarray(logits, jnp.float32)))
+    others = np.where(np.eye(3)[labels] == 1, 0.0, np.exp(logits - logits.max(-1, keepdims=True)))
+    wrong = others.sum(-1, keepdims=True) / np.exp(logits - logits.max(-1, keepdims=True)).sum(
+        -1, keepdims=True
+    )
+    exact = np.where(np.eye(3)[labels] == 1, -1.0, others / others.sum(-1, keepdims=True))
+    if of_pieces:
+        exact = exact * wrong
+    np.testing.assert_allclose(found, exact * weights[..., None], rtol=1e-5, atol=0)
+
+
+def test_a_masked_lm_that_is_not_there_costs_nothing(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(robustness, "evaluate", lambda *_: pytest.fail("it is known before"))
+    words = ["--robustness", "--robustness-masked-lm", tmp_path / "nowhere"]
+    assert call("evaluate", "--model", runs("text"), "--split", "test", *words) == 2
+    assert "there is no folder" in capsys.readouterr().err

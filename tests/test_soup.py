@@ -130,6 +130,22 @@ def test_a_mean_needs_no_validation(runs, tmp_path, capsys):
     assert "- run-1" in (tmp_path / "mean/README.md").read_text()
 
 
+def test_another_arithmetic_is_another_model(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[1], other)
+    file = other / "model/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_act": "relu"}))
+    with pytest.raises(UserError, match=r"other computes with another hidden_act than .*run-0"):
+        soup([runs[0], str(other)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file cannot be written: .*; make room, or name another --output"):
+        soup(runs[:2], tmp_path / "file/out")
+
+
 def test_what_makes_no_soup_is_said(runs, tmp_path):
     other = config_of("token", tmp_path, steps=1)
     loop.train(other, tmp_path / "token", devices=jax.devices()[ONE])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,9 @@ def test_class_weights():
     assert resolve_class_weights({"c": 3.0, "a": 1.0, "b": 2.0}, labels, counts) == (1.0, 2.0, 3.0)
     with pytest.raises(UserError, match=r"unknown \['d'\], missing \['c'\]"):
         resolve_class_weights({"a": 1, "b": 1, "d": 1}, labels, counts)
+    for weights in ((1.0, math.nan, 1.0), (math.inf, 1.0, 1.0), (1.0, -1.0, 1.0), (0.0, 0.0, 0.0)):
+        with pytest.raises(UserError, match="weights must be finite and not negative, and one above 0"):
+            resolve_class_weights(dict(zip(labels, weights, strict=True)), labels, counts)
 
 
 def test_a_batch_without_a_label_moves_nothing_into_nan(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -427,3 +428,56 @@ def test_the_example_fits_its_recipe(tmp_path):
     trial = optuna.create_study().ask()
     config = applied(load_recipe("configs/sst2_local.py"), suggested(load_space(file), trial, file), file)
     assert 2e-5 <= config.optim.learning_rate <= 5e-4
+
+
+def test_a_database_that_another_program_holds_costs_no_training(tmp_path, monkeypatch, capsys):
+    """An evaluation is not told of, and the next is; where the result cannot be told, the same command tells it."""
+    monkeypatch.setattr(module, "_WAIT_SECONDS", 0.1)
+    config, devices = config_of("text", tmp_path, steps=6), jax.devices()[ONE]
+    config = replace(config, evaluation=replace(config.evaluation, every_steps=2))
+    real, folder = module.train, tmp_path / "w"
+
+    def held(own, run, *, on_evaluation, **options):
+        def ask(share, value):
+            if share > 0.6:
+                return on_evaluation(share, value)
+            with sqlite3.connect(folder / "study.db", isolation_level=None) as other:
+                other.execute("BEGIN IMMEDIATE")
+                try:
+                    return on_evaluation(share, value)
+                finally:
+                    other.execute("ROLLBACK")
+
+        return real(own, run, on_evaluation=ask, **options)
+
+    monkeypatch.setattr(module, "train", held)
+    found = sweep(config, space(tmp_path), folder, 1, devices=devices)
+    assert [row["state"] for row in found["trials"]] == ["complete"]
+    said = capsys.readouterr().err
+    assert said.count("study.db was not told of this evaluation (") == 1
+    assert "database is locked" in said
+    (trial,) = study_of(folder).trials
+    assert sorted(trial.intermediate_values) == list(range(67, 101))
+
+    def locks(own, run, **options):
+        result = real(own, run, **options)
+        other = sqlite3.connect(folder / "study.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        locks.other = other
+        return result
+
+    monkeypatch.setattr(module, "train", locks)
+    with pytest.raises(UserError, match=r"study.db cannot be used \(.*locked.*the same command goes on"):
+        sweep(config, space(tmp_path), folder, 2, devices=devices)
+    locks.other.close()
+    monkeypatch.setattr(module, "train", real)
+    found = sweep(config, space(tmp_path), folder, 2, devices=devices)
+    assert [row["state"] for row in found["trials"]] == ["complete", "complete"]
+
+
+def test_fields_of_the_model_are_a_table(tmp_path):
+    body = 'return {"model.hf-config": None}'
+    with pytest.raises(
+        UserError, match=r"model.hf-config is None, must be values by the names of config.json"
+    ):
+        sweep(config_of("text", tmp_path), space(tmp_path, body), tmp_path / "w", 1)

@@ -65,6 +65,19 @@ def test_candidates_are_torchs_likeliest(kind, devices, masked_lm, tmp_path):
                 assert found[begin + place].tolist() == expected
 
 
+def test_a_masked_lm_may_have_fewer_rows_than_the_model(masked_lm, tmp_path):
+    """Rows that no entry of the tokenizer has: to multiples of 8 or 64 vocabularies are padded by some and not by others."""
+    _, folder = masked_lm
+    config = with_masked_lm(config_of("text", tmp_path), folder)
+    plain = prepare(config, jax.devices()[:1]).examples["train"].augmentation.candidates
+    more = tiny.FIELDS["vocab_size"] + 8
+    wide = replace(
+        config, model=replace(config.model, hf_config={**config.model.hf_config, "vocab_size": more})
+    )
+    found = prepare(wide, jax.devices()[:1]).examples["train"].augmentation.candidates
+    np.testing.assert_array_equal(found, plain)
+
+
 def test_they_are_computed_once(masked_lm, tmp_path, monkeypatch):
     _, folder = masked_lm
     calls = []

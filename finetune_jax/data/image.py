@@ -333,9 +333,12 @@ def _scalar_or_list(values: tuple[float, ...]) -> float | list[float]:
 
 def _per_channel(values: tuple[float, ...], num_channels: int, name: str) -> tuple[float, ...]:
     if len(values) not in (1, num_channels):
+        either = "1" if num_channels == 1 else f"1 or {num_channels}"
         raise UserError(
-            f"data.image.{name} has {len(values)} values for {num_channels} channels; give 1 or {num_channels}"
+            f"data.image.{name} has {len(values)} values for {num_channels} channels; give {either}"
         )
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"data.image.{name} is {values}; it must be finite")
     return tuple(map(float, values)) * (num_channels if len(values) == 1 else 1)
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from finetune_jax.config import run_file
+from finetune_jax.data.builders.roles import sound_text
 from finetune_jax.data.cache import made_once
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
@@ -131,7 +132,7 @@ def _module(place: str) -> ModuleType:
         return run_file(file, f"{KNOB}: {place}")
     try:
         return importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads arguments ends the process
         raise UserError(f"{KNOB}: {place} cannot be imported: {type(error).__name__}: {error}") from error
 
 
@@ -143,7 +144,7 @@ def run_function(function: Paraphraser, spec: str, texts: Sequence[str]) -> list
     """
     try:
         made = function(list(texts))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{KNOB}: {spec} fails: {type(error).__name__}: {error}") from error
     if not isinstance(made, list | tuple):
         raise UserError(f"{KNOB}: {spec} gives a {type(made).__name__}, must give a list of texts")
@@ -154,4 +155,5 @@ def run_function(function: Paraphraser, spec: str, texts: Sequence[str]) -> list
             raise UserError(
                 f"{KNOB}: {spec} gives a {type(text).__name__} for text {number}, must give a text"
             )
+        sound_text(text, f"{KNOB}: {spec}: text {number}")
     return [str(text) for text in made]

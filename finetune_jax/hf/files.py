@@ -286,4 +286,7 @@ def save_tensors(
     """Writes a file of safetensors as transformers wants it (it refuses a file that does not say its format)."""
     # Not np.ascontiguousarray: it makes a vector of a scalar.
     contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
-    save_file(contiguous, folder / name, metadata={"format": "pt", **metadata})
+    try:
+        save_file(contiguous, folder / name, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:  # of the disk: the tensors are arrays
+        raise OSError(f"{folder / name}: {error}") from error

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from finetune_jax.tasks.base import partners
-
 Batch = Mapping[str, jax.Array]
 
 
@@ -44,8 +42,8 @@ class Mixing:
             if self.mixup:
                 mixed = self._beta(mixup_key, self.mixup, weights).reshape(shape)
                 share = jnp.where(jax.random.bernoulli(coin_key, shape=shape), share, mixed)
-        has_two = (weights > 0) & (partners(weights, weights) > 0)
-        return jnp.where(has_two.reshape(shape), share, 1.0)
+        has_partner = (weights > 0) & (jnp.sum(weights > 0) > 1)
+        return jnp.where(has_partner.reshape(shape), share, 1.0)
 
     def _beta(self, key: jax.Array, alpha: float, weights: jax.Array) -> jax.Array:
         """One a place, flat: the numbers of the first places do not ask how many there are."""

@@ -19,6 +19,8 @@ KINDS: Mapping[str, str] = {
     "head": r"(?!)",
 }
 """What `model.train` names, besides the head, which is always trained; "bias" is BitFit (Ben Zaken et al. 2022, arXiv:2106.10199)."""
+_NEVER = 2**31 - 1
+"""Updates are counted in int32."""
 
 
 @dataclass(frozen=True)
@@ -106,5 +108,6 @@ def paces(
     for path in trained:
         level = depth[path]
         factor = next((rate for pattern, rate in table if pattern.search(path)), 1.0)
-        found[path] = Pace(layer_decay ** (top - level) * factor, (unfreeze_every or 0) * (top - level))
+        start = min((unfreeze_every or 0) * (top - level), _NEVER)
+        found[path] = Pace(layer_decay ** (top - level) * factor, start)
     return found

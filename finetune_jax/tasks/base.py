@@ -290,7 +290,7 @@ def resolve_class_weights(
     auto is N / (C n_c), scikit-learn's "balanced"; a class that train does not have gets 1.
 
     Raises:
-        UserError: Names do not match the labels.
+        UserError: Names do not match the labels, or a weight is none.
     """
     if choice == "none":
         return None
@@ -303,8 +303,10 @@ def resolve_class_weights(
         raise UserError(
             f"task.class-weights: unknown {unknown}, missing {missing}; give one weight for each of {list(labels)}"
         )
-    if min(choice.values()) < 0:
-        raise UserError(f"task.class-weights {dict(choice)}: a weight must not be negative")
+    if not all(0 <= weight < math.inf for weight in choice.values()) or not any(choice.values()):
+        raise UserError(
+            f"task.class-weights {dict(choice)}: weights must be finite and not negative, and one above 0"
+        )
     return tuple(float(choice[label]) for label in labels)
 
 

@@ -283,3 +283,13 @@ def test_resized_crop_covers_its_range_of_areas_and_ratios():
     assert 0.8 < max(areas) <= 1.05
     assert 0.7 < min(ratios) < 0.8
     assert 1.25 < max(ratios) < 1.42
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_are_normalised_by_finite_numbers(name, value):
+    config = ImageConfig(**{name: (value, 0.5, 0.5)})
+    with pytest.raises(UserError, match=rf"data.image.{name} is .*must be finite"):
+        ImageProcessor.from_config(config, 3)
+    with pytest.raises(UserError, match=r"has 3 values for 1 channels; give 1$"):
+        ImageProcessor.from_config(ImageConfig(**{name: (0.5, 0.5, 0.5)}), 1)

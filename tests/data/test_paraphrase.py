@@ -41,6 +41,14 @@ def broken(texts):
     raise KeyError("no")
 
 
+def half(texts):
+    return [text + "\\ud83d" for text in texts]
+
+
+def ends(texts):
+    raise SystemExit(3)
+
+
 value = 3
 """
 
@@ -133,6 +141,8 @@ def test_it_reads_as_a_split():
         ("numbers", "numbers gives a int for text 2, must give a text"),
         ("lazy", "lazy gives a generator, must give a list of texts"),
         ("broken", "broken fails: KeyError: 'no'"),
+        ("half", "half: text 0 .*surrogate"),
+        ("ends", "ends fails: SystemExit: 3"),
     ],
 )
 def test_functions_that_do_not_give_one_text_each(name, message, functions):
@@ -160,6 +170,21 @@ def test_functions_that_are_not_there(spec, message, functions, tmp_path):
     spec = spec.replace("FILE", str(functions) if spec.startswith("FILE") else "FILE")
     with pytest.raises(UserError, match=message):
         open_function(spec.replace("BROKEN", str(broken)))
+
+
+def test_a_file_is_a_module_that_others_find(tmp_path):
+    """Annotations that are text, and what is pickled for another process."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass Pair:\n"
+        "    one: str\n\n\ndef copied(texts):\n    return [pickle.loads(pickle.dumps(Pair(text))).one for text in texts]\n"
+    )
+    function, _ = open_function(f"{file}:copied")
+    assert run_function(function, "own", ["a", "b"]) == ["a", "b"]
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nsys.exit(2)\n")
+    with pytest.raises(UserError, match=r"script.py fails: SystemExit: 2"):
+        open_function(f"{script}:f")
 
 
 def test_a_function_of_a_module():

@@ -17,6 +17,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.prepare import prepare
 from finetune_jax.runfolder import check_same_config
 from finetune_jax.seal import digest_array
+from finetune_jax.storage import write_json
 from tests import tiny
 
 replace = dataclasses.replace
@@ -146,6 +147,19 @@ def test_a_change_that_is_allowed(tmp_path):
     assert load_saved(tmp_path / "run/config.json").train.steps == 6
     with pytest.raises(UserError, match=r"--allow-change optim.name: only these may change"):
         loop.train(longer, tmp_path / "run", devices=devices, allow_change=["optim.name"])
+
+
+def test_a_table_is_allowed_to_change_by_the_name_of_its_field(tmp_path):
+    """Whatever its entries are called."""
+    config = text_config(tmp_path)
+    write_json(tmp_path / "config.json", to_dict(config))
+    weights = {"non-toxic": 1.0, "toxic": 2.0}
+    other = replace(config, task=replace(config.task, class_weights=weights))
+    with pytest.raises(
+        UserError, match=r"task.class-weights.non-toxic None -> 1.0; .*--allow-change task.class-weights, or"
+    ):
+        check_same_config(other, tmp_path)
+    check_same_config(other, tmp_path, ["task.class-weights"])
 
 
 def test_other_conditions_are_said(tmp_path, monkeypatch, capsys):

@@ -266,6 +266,48 @@ def test_the_best_stays_until_a_newer_best_is_on_disk(tmp_path, monkeypatch):
     assert Checkpoints(run).choose("best") == 1
 
 
+def test_the_best_before_stays_where_a_newer_best_could_not_be_saved(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    writer = CheckpointWriter(run, keep=1)
+    writer.save(state_at(1), Progress(best_step=1))
+    writer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(seal, "write_seal", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+        writer.save(state_at(2), Progress(best_step=2, bests_before=[1]))
+        writer.wait()
+    writer.save(state_at(3), Progress(best_step=2, bests_before=[1]))
+    writer.save(state_at(4), Progress(best_step=2, bests_before=[1]))
+    writer.finish()
+    assert Checkpoints(run).steps() == [1, 4]
+    assert Checkpoints(run).choose("best") == 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "removed"])
+def test_what_is_best_is_read_from_files_that_verify(harm, tmp_path):
+    run = tmp_path / "run"
+    save(run, 1, 2)
+    file = run / "checkpoints/2/meta/metadata"
+    if harm == "flipped":
+        flip_bit(file)
+    elif harm == "cut":
+        file.write_bytes(file.read_bytes()[:9])
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=r"checkpoints/2 is damaged: file meta/.*other steps are \[1\]"):
+        Checkpoints(run).choose("best")
+
+
+def test_what_is_known_later_is_kept_with_the_step(tmp_path):
+    run = tmp_path / "run"
+    save(run, 1, 2)
+    writer = CheckpointWriter(run, 9)
+    writer.save(state_at(2), Progress(next_batch=2, best_step=1, best_value=0.5))
+    writer.finish()
+    assert Checkpoints(run).choose("best") == 1
+    assert Checkpoints(run).progress(2) == Progress(next_batch=2, best_step=1, best_value=0.5)
+    assert not Checkpoints(run).faults(2, deep=True)
+
+
 def test_commands(run, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["checkpoint", "list", str(run)])

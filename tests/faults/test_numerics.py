@@ -95,8 +95,9 @@ def test_a_bad_update_changes_nothing_but_the_counters(kind, how, tmp_path, one_
     assert rates[3] == rates[4] == rates[5]
 
 
-def test_the_run_stops_after_k_in_a_row(tmp_path, one_device, monkeypatch):
-    config = config_of("text", tmp_path, steps=12, stop_after_skipped=3)
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_the_run_stops_after_k_in_a_row(log_every, tmp_path, one_device, monkeypatch):
+    config = config_of("text", tmp_path, steps=12, stop_after_skipped=3, log_every=log_every)
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=one_device, stop_at=4)
     poison(monkeypatch, SequenceClassification, lambda mark: mark >= 0, "nan")

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: what each phase of a command makes of them."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -154,5 +155,39 @@ def test_a_signal_while_training_saves_and_the_run_goes_on_exactly(phase, tmp_pa
     assert digests(tmp_path / "parts", 9) == digests(tmp_path / "whole", 9)
     metrics = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("whole", "parts")]
     assert metrics[0] == metrics[1]
-    results = [(tmp_path / run / "result.json").exists() for run in ("whole", "parts")]
-    assert results == [True, True]
+    results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "parts")]
+    assert results[0]["best_step"] == results[1]["best_step"]
+    whole, parts = (Checkpoints(tmp_path / run) for run in ("whole", "parts"))
+    assert whole.choose("best") == parts.choose("best") == results[0]["best_step"]
+    assert whole.progress(9) == parts.progress(9)
+    assert not parts.faults(9, deep=True)
+    capsys.readouterr()
+    assert loop.train(config, tmp_path / "parts", devices=devices) == results[1]
+    assert "is complete" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_is_repeated_and_lost_again_leaves_one_row(tmp_path, monkeypatch):
+    """Killed between the repeated evaluation's row and what is kept of it."""
+    config, devices = config_of(tmp_path), jax.devices()[:1]
+    loop.train(config, tmp_path / "whole", devices=devices)
+    original, calls = evaluate.Forward._collect, []
+
+    def collect(self, *arguments):
+        calls.append(arguments[2])
+        if calls.count(0) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(evaluate.Forward, "_collect", collect)
+    with pytest.raises(loop.Stopped, match="at step 6"):
+        loop.train(config, tmp_path / "parts", devices=devices)
+    monkeypatch.undo()
+    monkeypatch.setattr(loop.CheckpointWriter, "_amend", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        loop.train(config, tmp_path / "parts", devices=devices)
+    monkeypatch.undo()
+    rows = (tmp_path / "parts/metrics.jsonl").read_text()
+    assert '"kind": "validation", "step": 6' in rows
+    loop.train(config, tmp_path / "parts", devices=devices)
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()

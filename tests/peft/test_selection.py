@@ -108,6 +108,21 @@ def test_one_update_of_sgd_is_scaled_by_the_rate(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_turn_that_never_comes(tmp_path):
+    """Beyond what updates are counted in."""
+    config = config_of("text", tmp_path)
+    late = replace(config, optim=replace(config.optim, unfreeze_every=10**9))
+    states = [moved(late, tmp_path / str(steps), steps) for steps in (1, 3)]
+    depth = depths(states[0], bert.STEM, bert.BLOCK)
+    same = {
+        np.asarray(states[0][p]).tobytes() == np.asarray(states[1][p]).tobytes()
+        for p, n in depth.items()
+        if n < 3
+    }
+    assert same == {True}
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_layer_stays_until_its_turn(tmp_path):
     config = config_of("text", tmp_path)
     late = replace(
