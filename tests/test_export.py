@@ -150,7 +150,7 @@ def test_a_failed_export_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(module.files, "save_tensors", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="out cannot be written: disk full; make room, or name another"):
         export(exported[1], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

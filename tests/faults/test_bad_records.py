@@ -1,5 +1,6 @@
 """Records that cannot be used: named and refused, or left out and counted, the others as they were."""
 
+import dataclasses
 import io
 import json
 
@@ -114,7 +115,7 @@ def test_a_run_says_and_counts_them_once(tmp_path, capsys):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     config = tiny.text_config(folder, steps=4)
-    config = loop.dataclasses.replace(config, data=loop.dataclasses.replace(config.data, bad_records="skip"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, bad_records="skip"))
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=jax.devices()[:1], stop_at=2)
     assert (

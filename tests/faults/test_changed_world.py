@@ -89,7 +89,7 @@ def test_what_differs_is_listed(tmp_path):
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=devices, stop_at=2)
     wider = replace(config, model=replace(config.model, hf_config={**tiny.FIELDS, "intermediate_size": 48}))
-    with pytest.raises(UserError, match=r"model.hf-config.intermediate-size 32 -> 48"):
+    with pytest.raises(UserError, match=r"model.hf-config.intermediate_size 32 -> 48"):
         loop.train(wider, tmp_path / "run", devices=devices)
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     manifest["labels"] = ["yes", "maybe"]
