@@ -75,9 +75,8 @@ def range_test(
     use_cache(cache_root(config.data))
     # Features that are computed in each step are those that would be kept.
     model = dataclasses.replace(config.model, cache_features=False)
-    methods = dataclasses.replace(
-        config.methods, swa=None, swa_every=1
-    )  # `ema` may hold updates back (proximal)
+    # `ema` stays: it may hold updates back (proximal).
+    methods = dataclasses.replace(config.methods, swa=None, swa_every=1)
     optim = dataclasses.replace(config.optim, unfreeze_every=None)
     own = dataclasses.replace(config.train, steps=steps, early_stopping=None)
     config = dataclasses.replace(config, model=model, methods=methods, optim=optim, train=own)
