@@ -139,7 +139,7 @@ class Checkpoints:
                     averages={path: served[path] for path in state.averages},
                     **items["training"],
                 )
-                return restored, self.progress(step)
+                return restored, self._progress(step, items[META])
             last = f"step {step}: {'; '.join(faults[:4])}"
             say(f"checkpoint of {last}; set aside as {self._set_aside(step).name}")
         damaged = list(self.folder.glob(f"*{DAMAGED}*")) if self.folder.is_dir() else []
@@ -204,7 +204,12 @@ class Checkpoints:
             raise UserError(
                 f"{folder} is damaged: {'; '.join(faults[:4])}; which step is the best is not known; other steps are {others or 'none'}"
             )
-        return Progress(**(manifest.get("progress") or self._read(step, {})[META]))
+        return self._progress(step, self._read(step, {})[META])
+
+    def _progress(self, step: int, meta: Mapping[str, Any]) -> Progress:
+        """What was saved with a step that verifies, or what its manifest has come to say later."""
+        manifest, _ = seal.read_seal(self.folder / str(step))
+        return Progress(**manifest.get("progress", meta))
 
     def best_of(self, progress: Progress) -> int | None:
         """The best step of those that are there; None where nothing was measured, or none of them is."""

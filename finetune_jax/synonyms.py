@@ -137,10 +137,8 @@ def replaced_once(
     assert isinstance(task, TextTask)
     tokenizer = task.tokenizer
     vocabulary = Vocabulary.of(tokenizer.backend, tokenizer.unknown_id, task.virtual_ids.stop)
-    most = max(
-        1, int(vocabulary.whole.sum()) - 1
-    )  # of a tiny vocabulary: an entry is no candidate for itself
-    count = min(TextConfig().synonym_candidates, most)
+    most = int(vocabulary.whole.sum()) - 1  # an entry is no candidate for itself
+    count = max(1, min(TextConfig().synonym_candidates, most))
     text = TextConfig(synonyms=rate, masked_lm=masked_lm, synonym_candidates=count)
     own = dataclasses.replace(config, data=dataclasses.replace(config.data, text=text))
     varied = dataclasses.replace(features, augmentation=WordAugmentation(text, vocabulary, seed))
@@ -303,9 +301,8 @@ def _program(parts: ModelParts, vocabulary: Vocabulary, count: int) -> Callable[
     """Compiled at its first call: (weights, batch with columns and own, BxK) -> candidates BxKxk."""
     table_V = parts.abstract["cls/predictions/bias"]
     barred_V = np.ones(table_V.shape, bool)
-    shared = min(
-        barred_V.size, len(vocabulary.whole)
-    )  # either may have rows that no entry of the tokenizer has
+    # Either may have rows that no entry of the tokenizer has.
+    shared = min(barred_V.size, len(vocabulary.whole))
     barred_V[:shared] = ~vocabulary.whole[:shared]
 
     def likeliest(weights: Flat, batch: dict[str, jax.Array]) -> jax.Array:

@@ -226,7 +226,7 @@ def climbed(
 
 
 def uphill(
-    task: Task, run: Run, batch: DeviceBatch, key: jax.Array, offset: jax.Array, losses: int = 1
+    task: Task, run: Run, batch: DeviceBatch, key: jax.Array, offset: jax.Array, losses: int
 ) -> jax.Array:
     """Gradient by the offset of the loss over the number of losses whose mean is learned from.
 
