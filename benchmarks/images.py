@@ -102,7 +102,9 @@ def ours(case: str, weights: Path) -> Callable[[], float]:
     from finetune_jax.config import Config, ImageConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
     from finetune_jax.config import DataConfig as Data
     from finetune_jax.data.sources import cache_root
+    from finetune_jax.prepare import pretrained_weights
     from finetune_jax.step import lower_train_step, make_train_step
+    from finetune_jax.updates import make_updates
 
     use_cache(cache_root(Data()))
     pixels, labels = images_of(case)
@@ -126,8 +128,8 @@ def ours(case: str, weights: Path) -> Callable[[], float]:
     task = jobs.task_from_config(config, checkpoint, network, names)
     compute = jobs.compute_of(config.model)
     job = jobs.make_job(task, "resnet", network, config.mesh, jax.devices()[:1], compute)
-    updates = jobs.make_updates(config, job, 1000)
-    loaded, _ = jobs.pretrained_weights(job, checkpoint, replace_head=False)
+    updates = make_updates(config, job, 1000)
+    loaded, _ = pretrained_weights(job, checkpoint, replace_head=False)
     state = states.create_state(
         states.initial_weights(job.parts, job.shardings, 0, loaded),
         job.shardings,

@@ -31,11 +31,8 @@ from finetune_jax.hlo import BETWEEN_SLICES, Collective, Program, read_program
 from finetune_jax.job import (
     FAMILIES,
     Job,
-    abstract_state_of,
-    cached_width,
     job_of_task,
     make_job,
-    make_updates,
     open_pretrained,
     open_source,
     parse_model,
@@ -54,6 +51,7 @@ from finetune_jax.step import (
 )
 from finetune_jax.targets import Target, compiler_version, devices_of, parse_target
 from finetune_jax.tasks import Task
+from finetune_jax.updates import abstract_state_of, cached_width, make_updates
 
 PLANS = "plans"
 """Folder of the cache: what was read of programs that were compiled before."""

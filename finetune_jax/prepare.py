@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,22 +15,17 @@ from finetune_jax.data.packing import RowShape
 from finetune_jax.data.pipeline import Batches, Examples, train_shape
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
-from finetune_jax.job import (
-    Job,
-    abstract_state_of,
-    cached_width,
-    job_from_config,
-    make_updates,
-    open_pretrained,
-    open_source,
-    pretrained_weights,
-)
+from finetune_jax.hf.pretrained import Checkpoint, load_params
+from finetune_jax.job import FAMILIES, Job, job_from_config, open_pretrained, open_source
+from finetune_jax.peft import install
+from finetune_jax.peft.selection import depths
 from finetune_jax.sharding import Devices, batch_parts
 from finetune_jax.state import TrainState, create_state, initial_weights
 from finetune_jax.step import Updates
 from finetune_jax.synonyms import fingerprinted, with_synonyms
 from finetune_jax.tasks import TASKS
 from finetune_jax.tasks.base import resolve_class_weights
+from finetune_jax.updates import abstract_state_of, cached_width, make_updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +129,61 @@ def deciding_metric(config: Config) -> str:
     if name not in known:
         raise UserError(f"evaluation.metric {name} is not among this task's metrics: {', '.join(known)}")
     return name
+
+
+def pretrained_weights(
+    job: Job,
+    checkpoint: Checkpoint | None,
+    replace_head: bool,
+    reinit_layers: int = 0,
+    seed: int = 0,
+    is_frozen: Mapping[str, bool] | None = None,
+) -> tuple[dict[str, np.ndarray], str]:
+    """Weights of the checkpoint by path, with what a method makes of them, and a sentence on what was and was not in it.
+
+    Raises:
+        UserError: More layers are to start anew than there are, or what is random would not be trained.
+    """
+    is_frozen = is_frozen or {}
+    if checkpoint is None:
+        held = sum(is_frozen.values())
+        return {}, "all weights are random" + (f", and {held} tensors of them stay so" if held else "")
+    loaded = load_params(checkpoint, job.own_weights, replace_head=replace_head)
+    note = f"{len(loaded.params)} tensors from {checkpoint.source}"
+    if loaded.new:
+        note += f"; new, random: {', '.join(loaded.new)}"
+    if loaded.unused:
+        note += f"; not used: {', '.join(loaded.unused)}"
+    if held := [path for path in loaded.new if is_frozen.get(path)]:
+        raise UserError(
+            f"{checkpoint.source} has no {held[0]}, and {len(held)} tensors that start from random weights would not be trained"
+            " (model.freeze); leave them out of it, or name a checkpoint that has them"
+        )
+    begun = install.begin(job.peft, loaded.params, seed)
+    if not reinit_layers:
+        return {**loaded.params, **begun}, note
+    # Zhang et al. 2021, arXiv:2006.05987, section 4: the last layers are the most specialised for what came before.
+    family = FAMILIES[job.family]
+    depth = depths(job.own_weights, family.STEM, family.BLOCK)
+    top = max(depth.values())
+    if reinit_layers > top - 1:
+        raise UserError(f"model.reinit-layers is {reinit_layers}, the model has {top - 1}; lower it")
+    kept = {
+        path: value
+        for path, value in loaded.params.items()
+        if depth[path] < top - reinit_layers or re.fullmatch(family.HEAD, path)
+    }
+    anew = loaded.params.keys() - kept.keys()
+    if still := sorted(path for path in anew if is_frozen.get(path)):
+        raise UserError(
+            f"model.reinit-layers {reinit_layers} and model.freeze exclude each other: {len(still)} parameters, such as {still[0]}, would"
+            " start from random weights and not be trained; change one of them"
+        )
+    pooler = " and of the pooler" if any("pooler/" in path for path in anew) else ""
+    return (
+        {**kept, **begun},
+        f"{note}; {len(anew)} tensors of the last {reinit_layers} layers{pooler} start from random weights",
+    )
 
 
 def _check_mixing(config: Config, shape: RowShape) -> None:

@@ -15,12 +15,12 @@ from finetune_jax.config import Config
 from finetune_jax.data.pipeline import Reading, device_batches
 from finetune_jax.data.sources import cache_root
 from finetune_jax.errors import UserError
-from finetune_jax.job import make_updates
 from finetune_jax.limits import validate
 from finetune_jax.prepare import first_state, prepare
 from finetune_jax.sharding import Devices
 from finetune_jax.step import abstract_batch, lower_train_step, make_train_step
 from finetune_jax.storage import make, place, write_bytes, write_json, writing
+from finetune_jax.updates import make_updates
 from finetune_jax.writers import say
 
 JSON_FILE, PICTURE_FILE = "range.json", "range.png"

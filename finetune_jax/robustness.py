@@ -14,7 +14,6 @@ from finetune_jax.data.noise import in_text, swap_words, typos, word_order
 from finetune_jax.data.words import outside_of
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Evaluation, Opened, evaluate, evaluate_model, open_splits
-from finetune_jax.job import make_ball
 from finetune_jax.methods.perturbation import Perturbation
 from finetune_jax.predict import Lines
 from finetune_jax.state import ModelParts
@@ -22,6 +21,7 @@ from finetune_jax.step import DeviceBatch, StepSums
 from finetune_jax.synonyms import open_masked_lm, replaced_once
 from finetune_jax.tasks.base import OFFSET, ClassTask
 from finetune_jax.tree import Flat, unflatten
+from finetune_jax.updates import make_ball
 
 RADIUS = {"bert": 0.1, "resnet": 8.0}
 """How far an example may be moved where nothing is said: the L2 norm over its word vectors, levels of 255.

@@ -22,7 +22,7 @@ FLOORS = [
     },
     {"data", "hf", "optim", "peft", "sharding"},
     {"tasks", "state", "kernels", "methods"},
-    {"step", "checkpoint", "job", "opening", "synonyms"},
+    {"step", "checkpoint", "job", "updates", "opening", "synonyms"},
     {
         "runfolder",
         "evaluate",
@@ -43,7 +43,7 @@ FLOORS = [
 ]
 # Within one floor: files of a wing may import each other, and these pairs, in this direction only.
 SIDEWAYS = {
-    ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("optim", "peft"), ("peft", "hf"), ("methods", "tasks"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"), ("job", "step"),
+    ("storage", "errors"), ("storage", "signals"), ("models", "tree"), ("runtime", "config"), ("data", "sharding"), ("data", "hf"), ("optim", "peft"), ("peft", "hf"), ("methods", "tasks"), ("tasks", "state"), ("step", "state"), ("job", "checkpoint"), ("updates", "job"), ("updates", "step"),
     ("opening", "checkpoint"), ("opening", "job"), ("evaluate", "ensemble"), ("soup", "ensemble"), ("soup", "evaluate"), ("soup", "export"), ("predict", "ensemble"), ("export", "runfolder"), ("predict", "evaluate"), ("programs", "evaluate"), ("__main__", "cli"), ("robustness", "evaluate"), ("robustness", "predict"), ("targets", "config"), ("limits", "config"), ("plan_report", "plan"), ("announce", "prepare"),
 }  # fmt: skip
 

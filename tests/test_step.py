@@ -14,13 +14,14 @@ from flax import nnx
 from finetune_jax.data.pipeline import Batches, Reading, evaluation_shape, train_shape
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward, evaluate
-from finetune_jax.job import job_from_config, make_objective, open_source
+from finetune_jax.job import job_from_config, open_source
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.sharding import place_rows
 from finetune_jax.state import create_state, initial_weights
 from finetune_jax.step import Updates, make_forward, make_train_step
 from finetune_jax.tasks.base import cross_entropy, resolve_class_weights
 from finetune_jax.tree import unflatten
+from finetune_jax.updates import make_objective
 from tests import tiny
 
 replace = dataclasses.replace
