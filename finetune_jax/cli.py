@@ -16,7 +16,7 @@ import tyro
 
 from finetune_jax.config import Config, Distributed, field_paths, load_recipe, load_saved, nearest
 from finetune_jax.errors import UserError
-from finetune_jax.storage import Folder, place, write_output
+from finetune_jax.storage import Folder, local, place, write_output
 
 _RULE = set(" -─╭╮╰╯")
 PAIRS = ("adapters", "data.columns", "optim.rates", "task.class-weights")
@@ -469,13 +469,13 @@ def on_disk(output: str) -> Path:
     """A file or folder of this machine.
 
     Raises:
-        UserError: It is a URL.
+        UserError: It is a URL, or no disk has such a name.
     """
     if "://" in output:
         raise UserError(
             f"output {output} is not on this machine; name a place that is, and copy it from there"
         )
-    return Path(output).expanduser()
+    return local(output)
 
 
 def writable(output: str) -> Path | None:

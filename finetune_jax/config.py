@@ -19,7 +19,7 @@ import pydantic
 import tyro
 
 from finetune_jax.errors import UserError
-from finetune_jax.storage import Folder
+from finetune_jax.storage import Folder, local
 
 Json = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 STRICT = pydantic.ConfigDict(extra="forbid", strict=False)
@@ -519,7 +519,7 @@ def load_recipe(path: str) -> Config:
     Raises:
         UserError: The file is missing, has no `get_config`, or does not return a valid `Config`.
     """
-    file = Path(path)
+    file = local(path)
     if not file.is_file():
         known = sorted(str(other) for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise UserError(f"config file {path} does not exist{nearest(str(path), known)}")

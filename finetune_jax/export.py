@@ -25,7 +25,7 @@ from finetune_jax.peft.hf_format import adapter_files
 from finetune_jax.peft.selection import KINDS
 from finetune_jax.runfolder import MANIFEST_FILE, RESULT_FILE
 from finetune_jax.step import make_forward
-from finetune_jax.storage import Folder, writing
+from finetune_jax.storage import Folder, local, writing
 from finetune_jax.tree import Flat
 from finetune_jax.writers import say
 
@@ -182,7 +182,7 @@ def _findable(source: str) -> str:
             " and predict find it"
         )
         return source
-    folder = Path(source).expanduser()
+    folder = local(source)
     return str(folder.resolve()) if folder.is_dir() else source
 
 

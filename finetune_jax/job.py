@@ -156,7 +156,7 @@ def open_whole(source: str, revision: str | None = None) -> Checkpoint:
     Raises:
         UserError: It is none: a run folder, one that holds runs, or an adapter, for example.
     """
-    folder = Path(source).expanduser()
+    folder = storage.local(source)
     if is_run(folder):
         raise UserError(f"{source} is a run folder; finetune-jax export makes a Hugging Face folder of it")
     if runs_in(folder):
@@ -320,7 +320,7 @@ def _tokenizer(config: ModelConfig, checkpoint: Checkpoint | None, vocab_size: i
         raise UserError(
             "a model from random weights needs a tokenizer; set --model.tokenizer to a folder or vocab.txt"
         )
-    path = Path(os.path.expandvars(place)).expanduser()
+    path = storage.local(os.path.expandvars(place))
     return fitting_tokenizer(path if path.exists() else files.resolve(place), vocab_size)
 
 

@@ -111,11 +111,12 @@ def open_adapters(
     found: dict[str, tuple[Job, Flat]] = {}
     shared: Flat = {}
     for name, folder in folders.items():
-        if not hf_format.is_adapter(Path(folder)):
+        here = storage.local(folder)
+        if not hf_format.is_adapter(here):
             raise UserError(
                 f"adapter {name}: {folder} has no {hf_format.CONFIG_FILE}; name what export --adapter wrote"
             )
-        adapter, checkpoint = open_adapter(Path(folder), base)
+        adapter, checkpoint = open_adapter(here, base)
         model_config = parse_config(checkpoint.family, checkpoint.hf_config, checkpoint.source)
         task = _task_of(checkpoint, model_config, None, adapter.config)
         job = make_job(task, checkpoint.family, model_config, mesh or MeshConfig(), None, peft=adapter.config)
@@ -145,7 +146,7 @@ def open_adapter(folder: Path, base: Checkpoint | None = None) -> tuple[hf_forma
             raise UserError(
                 f"{folder} does not name its model; set base_model_name_or_path in {hf_format.CONFIG_FILE}"
             )
-        here = Path(source).expanduser().is_dir()  # whose files are of no revision
+        here = storage.local(source).is_dir()  # whose files are of no revision
         try:
             base = open_whole(source, revision if isinstance(revision, str) and not here else None)
         except UserError as error:
@@ -178,7 +179,7 @@ def open_adapter(folder: Path, base: Checkpoint | None = None) -> tuple[hf_forma
 def _is_same(named: str | None, model: str) -> bool:
     """Whether two names are of one place."""
     return named is not None and (
-        named == model or Path(named).expanduser().resolve() == Path(model).expanduser().resolve()
+        named == model or storage.local(named).resolve() == storage.local(model).resolve()
     )
 
 

@@ -1,5 +1,6 @@
 """JSON lines in, predictions out, in the input's order."""
 
+import codecs
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from finetune_jax.ensemble import averaged
 from finetune_jax.errors import UserError
 from finetune_jax.evaluate import Forward
 from finetune_jax.job import Job
-from finetune_jax.storage import write_output
+from finetune_jax.storage import local, reading, write_output
 from finetune_jax.tree import Flat
 
 
@@ -24,13 +25,15 @@ def read_lines(lines: Iterable[bytes], where: str) -> Iterator[tuple[str, dict[s
     """
     for number, line in enumerate(lines, 1):
         place = f"{where}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{place}: not UTF-8 at byte {error.start}; convert the file") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a whole number of thousands of digits, too
             raise UserError(f"{place}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f'{place}: a line must be a JSON object such as {{"text": "..."}}')
@@ -49,12 +52,12 @@ def predict_file(source: str, output: Path | None, answer: Answer) -> int:
     if source == "-":
         pairs = list(read_lines(sys.stdin.buffer, "standard input"))
     else:
-        file = Path(source).expanduser()
+        file = local(source)
         if not file.exists() or file.is_dir():
             raise UserError(
                 f"input {source} {'is a folder, not a file of lines' if file.is_dir() else 'does not exist'}"
             )
-        with file.open("rb") as stream:
+        with reading(f"input {source}"), file.open("rb") as stream:
             pairs = list(read_lines(stream, source))
     made = answer([row for _, row in pairs], [place for place, _ in pairs])
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)

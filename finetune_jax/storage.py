@@ -7,6 +7,7 @@ its owner renews (`hold`).
 
 import atexit
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -40,17 +41,32 @@ RENEW_SECONDS = 15.0
 """How often a lock in a bucket is renewed. Whoever finds one waits three times as long whether its owner still lives."""
 
 
+def local(name: str | os.PathLike[str]) -> Path:
+    """A file or folder of this machine by its name, `~` put in; it need not be there.
+
+    Raises:
+        UserError: No disk has such a name, or it may not be asked for it.
+    """
+    path = Path(os.path.expanduser(name))
+    try:
+        path.lstat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise UserError(f"{path} cannot be reached: {error.strerror}; name another place") from error
+    return path
+
+
 def place(name: str | os.PathLike[str]) -> Folder:
     """A folder by its name: absolute, `~` and variables put in.
 
     Raises:
-        UserError: It is in a bucket that cannot be reached, or the package that reads buckets is missing; or it is another
+        UserError: No disk has such a name; it is in a bucket that cannot be reached, or the package that reads buckets is missing; or it is another
             kind of URL.
     """
     text = os.path.expandvars(os.fspath(name))
     scheme, slashes, rest = text.partition("://")
     if not slashes:
-        return Path(text).expanduser().absolute()
+        return local(text).absolute()
     if scheme + slashes != BUCKET or not rest.strip("/"):
         raise UserError(f"{text} is neither a folder nor {BUCKET}BUCKET/FOLDER")
     if importlib.util.find_spec("gcsfs") is None:
@@ -131,16 +147,34 @@ def write_output(output: Path | None, text: str) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    if output is None:
-        sys.stdout.write(text)
-        return
     try:
-        if output.exists() and not output.is_file():
+        if output is None:
+            _to_standard_output(text)
+        elif output.exists() and not output.is_file():
             output.write_text(text, encoding="utf-8")
         else:
             write_text(output.resolve(), text)  # what a link names is written, the link stays
+    except BrokenPipeError:
+        raise  # whoever read has what it wanted
     except OSError as error:
-        raise UserError(f"output {output} cannot be written: {error.strerror}; name another place") from error
+        name = "standard output" if output is None else f"output {output}"
+        raise UserError(f"{name} cannot be written: {error.strerror}; name another place") from error
+
+
+def _to_standard_output(text: str) -> None:
+    """In UTF-8, as files are, whatever the terminal's encoding can say."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if raw is None:  # a stand-in of text only, such as a notebook's
+        sys.stdout.write(text)
+        return
+    sys.stdout.flush()
+    try:
+        raw.write(text.encode())
+        raw.flush()
+    except OSError:
+        # What could not be written is tried again as Python ends, which would end it with another code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), raw.fileno())
+        raise
 
 
 def write_json(file: Folder, values: Any) -> None:
@@ -164,6 +198,19 @@ def writing(place: Folder, fix: str) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or _one_line(error)
         raise UserError(f"{error.filename or place} cannot be written: {why}; {fix}") from error
+
+
+@contextlib.contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """What the disk does not give, in one line.
+
+    Raises:
+        UserError: The file of this name cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or _one_line(error)}") from error
 
 
 def remove(folder: Folder) -> None:

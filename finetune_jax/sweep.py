@@ -19,7 +19,7 @@ from finetune_jax.limits import validate
 from finetune_jax.prepare import deciding_metric
 from finetune_jax.runfolder import FREE_TO_CHANGE, flat_fields
 from finetune_jax.sharding import Devices
-from finetune_jax.storage import Folder, hold, in_bucket, make, place, remove, write_json, writing
+from finetune_jax.storage import Folder, hold, in_bucket, local, make, place, remove, write_json, writing
 from finetune_jax.train import Diverged, OnEvaluation, Pruned, Refused, Stopped, train
 from finetune_jax.writers import say
 
@@ -318,7 +318,7 @@ def load_space(file: str | os.PathLike[str]) -> Suggest:
     Raises:
         UserError: There is no such file or function, or the file fails.
     """
-    path = Path(file)
+    path = local(file)
     if not path.is_file():
         raise UserError(f"space file {path} does not exist")
     suggest = getattr(run_file(path, f"space file {path}"), "suggest", None)

@@ -20,6 +20,9 @@ from finetune_jax.errors import UserError
 from finetune_jax.limits import validate
 from tests import tiny
 
+LONG = "x" * 300
+"""More than a name of a file may have."""
+
 
 def call(*words):
     """(exit code) of a command in this process."""
@@ -209,6 +212,7 @@ def test_bad_rows_name_their_place(row, message, tmp_path, recipe, capsys):
             ['{"text": "the cat \\ud800"}'],
             "in.jsonl:1: text holds half a surrogate pair at character 8; mend the escape",
         ),
+        (['{"text": "a", "id": ' + "1" * 5000 + "}"], "in.jsonl:1: not JSON: Exceeds the limit"),
     ],
 )
 def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
@@ -349,6 +353,31 @@ def test_bad_prediction_input(lines, message, run, tmp_path, capsys):
             ["predict", "--model", "{run}", "--output", "/nowhere/out.jsonl"],
             "output /nowhere/out.jsonl cannot be written",
         ),
+        # What no disk has a name for, and what is there and cannot be read.
+        (["predict", "--model", "{run}", "--input", "~nobody_here/x"], "input ~nobody_here/x does not exist"),
+        (["predict", "--model", "{run}", "--input", LONG], f"{LONG} cannot be reached: File name too long"),
+        (["predict", "--model", "{run}", "--input", "/proc/self/mem"], "input /proc/self/mem cannot be read"),
+        (["predict", "--model", "{run}", "--output", LONG], f"{LONG} cannot be reached: File name too long"),
+        (["predict", "--model", "~nobody_here/x"], "there is no folder ~nobody_here/x"),
+        (["predict", "--model", LONG], f"{LONG} cannot be reached: File name too long"),
+        (["train", "--workdir", "x", "--config", LONG], f"{LONG} cannot be reached: File name too long"),
+        (["evaluate", "--model", "{run}", "--data.path", "~nobody_here/x"], "~nobody_here/x does not exist"),
+        (["evaluate", "--model", "{run}", "--data.path", LONG], f"{LONG} cannot be reached"),
+        (["evaluate", "--model", "{run}", "--data.test", LONG], f"data.test: no file '{LONG}'"),
+        (
+            [
+                "evaluate",
+                "--model",
+                "{run}",
+                "--data.path",
+                "/proc/self/mem",
+                "--data.format",
+                "jsonl",
+                "--split",
+                "train",
+            ],
+            "/proc/self/mem cannot be read: Input/output error",
+        ),
         (
             ["evaluate", "--model", "{run}", "--output", "/nowhere/out.json"],
             "output /nowhere/out.json cannot be written",
@@ -373,6 +402,29 @@ def test_words_of_a_prediction_are_looked_at(tmp_path, capsys):
         (tmp_path / "in.jsonl").write_text(f'{{"tokens": {words}}}\n')
         assert call("predict", "--model", tmp_path / "run", "--input", tmp_path / "in.jsonl") == 2
         assert message in capsys.readouterr().err
+
+
+def test_odd_images_of_a_prediction_name_their_line(tmp_path, capsys):
+    loop.train(tiny.config_of("image", tmp_path, steps=1), tmp_path / "run")
+    (tmp_path / "torn.png").write_bytes(b"no image")
+    lines = tmp_path / "in.jsonl"
+    for name, message in (
+        ("~nobody_here/cat.jpg", "in.jsonl:1: there is no image ~nobody_here/cat.jpg"),
+        (LONG, f"in.jsonl:1: there is no image {LONG}"),
+        (
+            str(tmp_path / "torn.png"),
+            f"in.jsonl:1: {tmp_path / 'torn.png'}: not a readable JPEG or PNG image\n",
+        ),
+    ):
+        lines.write_text(json.dumps({"image": name}) + "\n")
+        assert call("predict", "--model", tmp_path / "run", "--input", lines) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(run, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"text": "the cat"}\n', encoding="utf-8-sig")
+    assert call("predict", "--model", run, "--input", tmp_path / "in.jsonl") == 0
+    assert json.loads(capsys.readouterr().out)["label"] in ("no", "yes")
 
 
 def test_lines_come_through_a_pipe(run, tmp_path, capsys):

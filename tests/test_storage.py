@@ -113,6 +113,22 @@ def test_results_go_where_they_are_asked_for(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link", "pipe"]
 
 
+def test_standard_output_is_utf_8_and_says_when_it_is_full():
+    """Whatever the terminal's encoding is; predictions are not lost for it."""
+    said = "from finetune_jax import storage; storage.write_output(None, '\u732b \u00e9\\n')"
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", said], env=ascii_only, capture_output=True, check=True)
+    assert done.stdout.decode() == "\u732b \u00e9\n"
+    said = (
+        "import sys\nfrom finetune_jax import cli, storage\ncli.parse = lambda words: lambda: storage.write_output(None, 'text')\n"
+        "cli.main(['predict'])"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", said], stdout=full, stderr=subprocess.PIPE, check=False)
+    line = b"finetune-jax: standard output cannot be written: No space left on device; name another place\n"
+    assert (done.returncode, done.stderr) == (2, line)
+
+
 def test_a_mirror_sends_what_has_changed(folder, monkeypatch):
     folder.mkdir(parents=True, exist_ok=True)
     storage.write_text(folder / "old", "1\n")

@@ -16,6 +16,7 @@ from finetune_jax.data.builders.roles import sound_text
 from finetune_jax.data.cache import made_once
 from finetune_jax.data.sources import Source
 from finetune_jax.errors import UserError
+from finetune_jax.storage import local
 
 VERSION = 1  # part of the cache key
 FILE = "texts.json"
@@ -126,7 +127,7 @@ def open_function(spec: str) -> tuple[Paraphraser, Path]:
 
 def _module(place: str) -> ModuleType:
     if place.endswith(".py"):
-        file = Path(os.path.expandvars(place)).expanduser().resolve()
+        file = local(os.path.expandvars(place)).resolve()
         if not file.is_file():
             raise UserError(f"{KNOB}: there is no file {file}")
         return run_file(file, f"{KNOB}: {place}")

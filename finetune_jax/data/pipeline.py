@@ -127,7 +127,9 @@ class ImageExamples:
         records = self.records.__getitems__([int(i) for i in where.segment])
         for index, row, record in zip(where.segment, where.row, records, strict=True):
             image = record["image"]
-            image = to_channels(read_image(image) if isinstance(image, Path) else image, self.channels)
+            if isinstance(image, Path):
+                image = read_image(image, record.get("place", str(image)))
+            image = to_channels(image, self.channels)
             if epoch is None or self.augmentation is None:
                 pixels[row] = self.processor.resize(image)
             else:

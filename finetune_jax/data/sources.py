@@ -32,6 +32,7 @@ from finetune_jax.data.builders.records import VERSION, RawSource, Split, read_r
 from finetune_jax.data.builders.roles import source_of_tables
 from finetune_jax.data.builders.tables import read_table
 from finetune_jax.errors import UserError
+from finetune_jax.storage import local, reading
 
 NOTES = "source.json"
 
@@ -76,7 +77,7 @@ class Notes:
 def cache_root(config: DataConfig) -> Path:
     """Folder of prepared data and token caches."""
     chosen = config.cache_dir or os.environ.get("FINETUNE_JAX_CACHE") or "~/.cache/finetune_jax"
-    return Path(os.path.expandvars(chosen)).expanduser()
+    return local(os.path.expandvars(chosen))
 
 
 def load_source(config: DataConfig, task: TaskName, labels: Sequence[str] | None = None) -> Source:
@@ -232,7 +233,7 @@ def _key(**parts: Any) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

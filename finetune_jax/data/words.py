@@ -5,12 +5,12 @@ and hosts nor packing decide anything. Letters of shapes: V entries of the vocab
 batch, W words of a batch, k candidates.
 """
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel, WordPiece
 
@@ -18,7 +18,9 @@ from finetune_jax.config import TextConfig
 from finetune_jax.errors import UserError
 
 SYNONYM, CHOICE, DROPOUT, SWAP = range(4)  # each decision draws from a stream of its own
-WORD = re.compile(r"[㐀-鿿豈-﫿]|[@#]?[^\W㐀-鿿豈-﫿]+(?:[-.'’@:/][^\W㐀-鿿豈-﫿]+)*|[^\w\s]")
+_CJK = "[㐀-鿿豈-﫿]"
+_LETTER = rf"[[\w\p{{N}}]--{_CJK}]"  # what stands on, over and under one too: \w has the combining marks here, which `re` leaves out
+WORD = regex.compile(rf"{_CJK}|[@#]?{_LETTER}+(?:[-.'’@:/]{_LETTER}+)*|\S[\p{{M}}\u200d]*", regex.VERSION1)
 """In running text. A CJK character stands alone; letters and digits hold together over inner hyphens, dots, apostrophes, @ and #;
 any other sign is a word."""
 _MAX = 2**64 - 1

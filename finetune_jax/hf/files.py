@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from finetune_jax.errors import UserError
+from finetune_jax.storage import local
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_TOKENIZER_BYTES = 64 * 2**20
@@ -64,7 +65,7 @@ def resolve(source: str, revision: str | None = None) -> Path:
     if source.startswith("package:"):
         folder = _in_package(source)
     else:
-        path = Path(source).expanduser()
+        path = local(source)
         if not path.is_dir() and not source.startswith((".", "/", "~")):
             return _download(source, revision)
         folder = path

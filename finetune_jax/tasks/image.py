@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,10 @@ class ImageClassification(ClassTask):
 
     def read_input(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """`image`: a path; it is decoded when its batch is made."""
-        path = Path(text_field(row, "image", where)).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(text_field(row, "image", where)))
+        if not os.path.isfile(path):  # Path's own raises where a name is too long
             raise UserError(f"{where}: there is no image {path}")
-        return {"image": path}
+        return {"image": path, "place": f"{where}: {path}"}
 
     def save_inputs(self, folder: Path) -> None:
         """preprocessor_config.json"""

@@ -132,6 +132,8 @@ def test_words_of_a_text_without_spaces():
     """Each Chinese character is one, and punctuation is none."""
     assert in_text("我的包裹，在哪里？", 1.0, 0, swap_words) == "的我裹包，哪在里？"
     assert in_text("hello,world!", 1.0, 0, swap_words) == "world,hello!"
+    assert in_text("हिन्दी भाषा", 1.0, 0, swap_words) == "भाषा हिन्दी"
+    assert in_text("Rene\u0301e Mu\u0308ller!", 1.0, 0, swap_words) == "Mu\u0308ller Rene\u0301e!"
     text = "我的包裹在哪里？" * 5
     changed = sum(in_text(text, 0.1, seed, typos) != text for seed in range(50))
     assert changed > 40, "35 words, each with a slip in one of ten"

@@ -68,6 +68,23 @@ def write_npz(folder):
     return "image_classification", "image", [10, 200, 90], ["train.npz image 1"]
 
 
+@pytest.mark.parametrize("first", ["broken", "# id 1\nAnn\tB-p"])
+def test_a_bad_first_sentence_does_not_say_what_parts_columns(first, tmp_path):
+    good = "".join(f"Ann\tB-p\nran\tO\n{word}\tO\n\n" for word in "abcdefgh")
+    (tmp_path / "train.conll").write_text(f"{first}\n\n{good}")
+    config = DataConfig(path=str(tmp_path), cache_dir=str(tmp_path / "cache"), bad_records="skip")
+    source = load_source(config, "token_classification")
+    assert [record["tokens"][-1] for record in source.splits["train"].__getitems__(range(8))] == list(
+        "abcdefgh"
+    )
+    assert len(source.skipped) == 1
+    (tmp_path / "train.conll").write_text("broken\n")
+    with pytest.raises(
+        UserError, match=r"no examples that can be used \(train.conll line 1: 1 columns where 2"
+    ):
+        load_source(config, "token_classification")
+
+
 @pytest.mark.parametrize("write", [write_csv, write_jsonl, write_conll, write_folder, write_npz])
 def test_fail_names_the_first_skip_leaves_out_and_counts(write, tmp_path):
     folder = tmp_path / "data"

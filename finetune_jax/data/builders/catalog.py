@@ -15,6 +15,7 @@ from finetune_jax.data.builders.layout import by_default, wanted_splits
 from finetune_jax.data.builders.records import CHUNK, Field, ValueKind, parse, raw_records
 from finetune_jax.data.builders.roles import find_columns
 from finetune_jax.errors import UserError
+from finetune_jax.storage import local
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _stored_labels(record: bytes, fields: tuple[Field, ...], place: str) -> list
 def _prepared_builder(config: DataConfig) -> Any:
     if not config.name:
         raise UserError("data.name is not set; name a TFDS data set, such as glue/sst2")
-    data_dir = os.path.expandvars(os.path.expanduser(config.path)) if config.path else None
+    data_dir = str(local(os.path.expandvars(config.path))) if config.path else None
     try:
         builder = tfds.builder(config.name, data_dir=data_dir, file_format="array_record")
     except (

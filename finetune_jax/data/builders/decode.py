@@ -4,10 +4,11 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from finetune_jax.data.image import MAX_PIXELS
 from finetune_jax.errors import UserError
+from finetune_jax.storage import reading
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -40,10 +41,10 @@ def check_image(data: bytes, place: str) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and its own
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(
-            f"{place}: not a readable JPEG or PNG image ({type(error).__name__}: {reason})"
-        ) from error
+        why = f" ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        if isinstance(error, UnidentifiedImageError):
+            why = ""  # Pillow says no more, and where in memory it looked
+        raise UserError(f"{place}: not a readable JPEG or PNG image{why}") from error
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -54,14 +55,20 @@ def encode_png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_encoded(path: Path, place: str) -> bytes:
+    """What an image file holds.
+
+    Raises:
+        UserError: Naming the place, where there is no such file or it cannot be read.
+    """
+    with reading(f"{place}:"):
+        return path.read_bytes()
+
+
+def read_image(path: Path, place: str) -> np.ndarray:
     """An image file as `decode_image` gives it.
 
     Raises:
-        UserError: Naming the file that is missing or no image.
+        UserError: Naming the place of the file that is missing or no image.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    return check_image(data, str(path))
+    return check_image(read_encoded(path, place), place)

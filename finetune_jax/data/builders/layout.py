@@ -9,6 +9,7 @@ from typing import Literal
 from finetune_jax.config import DataConfig, TaskName
 from finetune_jax.data.builders.pictures import npz_parts
 from finetune_jax.errors import UserError
+from finetune_jax.storage import local
 
 Format = Literal["csv", "tsv", "jsonl", "conll", "image_folder", "npz"]
 SplitName = Literal["train", "validation", "test"]
@@ -71,7 +72,7 @@ def find_layout(config: DataConfig, task: TaskName) -> Layout:
     """
     if not config.path:
         raise UserError("data.path is not set; name the folder of the data files")
-    root = Path(os.path.expandvars(config.path)).expanduser()
+    root = local(os.path.expandvars(config.path))
     if not root.exists():
         near = root.parent
         raise UserError(f"data.path {root} does not exist{_listing(near) if near.is_dir() else ''}")
@@ -146,9 +147,9 @@ def _image_folders(config: DataConfig, root: Path) -> dict[str, Path]:
 def _candidates(config: DataConfig, root: Path, name: str) -> list[Path]:
     """The file itself, else files that differ by an ending only."""
     exact = root / name
-    if exact.is_file():
+    if os.path.isfile(exact):  # Path's own raises where a name is too long
         return [exact]
-    if not exact.parent.is_dir():
+    if not os.path.isdir(exact.parent):
         return []
     files = sorted(file for file in exact.parent.iterdir() if file.is_file() and file.stem == exact.name)
     return [file for file in files if config.format != "auto" or file.suffix.lower() in ENDINGS]

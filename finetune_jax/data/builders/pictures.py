@@ -11,7 +11,7 @@ import loky
 import numpy as np
 
 from finetune_jax.data.builders.bad import BadRecords
-from finetune_jax.data.builders.decode import check_image
+from finetune_jax.data.builders.decode import check_image, read_encoded
 from finetune_jax.data.builders.records import Example, RawSource, RawSplit
 from finetune_jax.errors import UserError
 
@@ -63,8 +63,9 @@ def _folder_examples(
 ) -> Callable[[], Iterator[Example]]:
     def load(item: tuple[str, Path]) -> Example:
         label, file = item
-        data = file.read_bytes()
-        check_image(data, str(file.relative_to(root)))
+        place = str(file.relative_to(root))
+        data = read_encoded(file, place)
+        check_image(data, place)
         return {"image": data, "label": label}
 
     return lambda: _in_threads(load, files, bad)
@@ -138,7 +139,12 @@ def _split_keys(arrays: Any, part: str) -> dict[str, str]:
 def _label_names(arrays: Any, file: Path) -> tuple[str, ...] | None:
     if "label_names" not in arrays.files:
         return None
-    names = tuple(str(name) for name in _array(arrays, "label_names", file))
+    held = _array(arrays, "label_names", file)
+    if held.ndim != 1:
+        raise UserError(
+            f"{file.name}: label_names must be a row of names, not an array of shape {held.shape}"
+        )
+    names = tuple(map(str, held))
     if len(set(names)) != len(names):
         raise UserError(f"{file.name}: label_names has a name twice")
     return names
@@ -148,11 +154,11 @@ def _npz_split(
     arrays: Any, keys: dict[str, str], names: tuple[str, ...] | None, file: Path, bad: BadRecords
 ) -> RawSplit:
     labels = _array(arrays, keys["label"], file)
-    total = len(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(
-            f"{file.name}: {keys['label']!r} must hold one whole number an image, not {labels.dtype}"
+            f"{file.name}: {keys['label']!r} must hold one whole number an image, not {labels.dtype} of shape {labels.shape}"
         )
+    total = len(labels)
     index = _array(arrays, keys["index"], file) if "index" in keys else np.arange(total)
     if index.ndim != 1 or index.dtype.kind not in "iu" or ((index < 0) | (index >= total)).any():
         raise UserError(f"{file.name}: {keys['index']!r} must hold whole numbers from 0 to {total - 1}")

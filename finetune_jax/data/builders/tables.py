@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune_jax.data.builders.bad import BadRecords
 from finetune_jax.errors import UserError
+from finetune_jax.storage import reading
 
 _CSV_LIMIT = threading.Lock()  # csv's field size limit belongs to the process
 
@@ -46,14 +47,17 @@ def read_table(path: Path, file_format: str, bad: BadRecords) -> Table:
     """
     text = _read_text(path)
     readers = {"csv": _read_csv, "tsv": _read_tsv, "jsonl": _read_jsonl, "conll": _read_conll}
+    before = len(bad.found)
     rows, lines = readers[file_format](text, path.name, bad)
     if not rows:
-        raise UserError(f"{path.name}: holds no examples; fill it or leave the split out")
+        why = f" that can be used ({bad.found[-1]})" if len(bad.found) > before else ""
+        raise UserError(f"{path.name}: holds no examples{why}; fill it or leave the split out")
     return Table(path.name, rows, lines)
 
 
 def _read_text(path: Path) -> str:
-    data = path.read_bytes()
+    with reading(path):
+        data = path.read_bytes()
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -133,7 +137,8 @@ def _read_jsonl(text: str, file: str, bad: BadRecords) -> tuple[list[dict[str, A
 def _read_conll(text: str, file: str, bad: BadRecords) -> tuple[list[dict[str, Any]], list[int]]:
     """Token in the first column, tag in the last; the first line says whether tabs or spaces part them.
 
-    A line with another number of columns makes its whole sentence a bad record.
+    A line with another number of columns makes its whole sentence a bad record; what parts columns, and how many there are, is
+    learned from the first sentence that is none.
     """
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
@@ -155,10 +160,12 @@ def _read_conll(text: str, file: str, bad: BadRecords) -> tuple[list[dict[str, A
                     f"(parted by {'tabs' if separator == chr(9) else 'spaces'}; token first, tag last)"
                 )
             )
-            left_out, width = True, width if width > 1 else 0
+            left_out = True
             if inside:
                 rows.pop()
                 lines.pop()
+            if not rows:
+                separator, width = "", 0
             continue
         if not inside:
             rows.append({"tokens": [], "tags": []})
