@@ -39,6 +39,8 @@ from finetune_jax.job import (
     task_from_config,
 )
 from finetune_jax.limits import validate
+from finetune_jax.models.layers import Product
+from finetune_jax.prepare import check_mixing, check_splits, deciding_metric, with_class_weights
 from finetune_jax.sharding import batch_parts, bytes_a_device
 from finetune_jax.state import TrainState
 from finetune_jax.step import (
@@ -138,8 +140,10 @@ class Estimate:
     """Bytes of a device's state that a train step writes where it read them."""
     minimum_flops: float
     """Of one device and step: the products that the gradient needs, by the model's formulas."""
+    evaluation: int
+    """Bytes of one device while the run evaluates: the evaluation step's, and the state that training goes on with."""
     evaluation_over: int
-    """As `over`, of the evaluation step."""
+    """As `over`, of those."""
     compile_seconds: float
     compiler: str
 
@@ -147,6 +151,11 @@ class Estimate:
     def fits(self) -> bool:
         """Training and evaluation both."""
         return not self.over and not self.evaluation_over
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one device at the fullest moment of the run, where it trains or where it evaluates."""
+        return max(self.memory.peak if self.memory is not None else 0, self.evaluation)
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -249,6 +258,7 @@ class Subject:
     @classmethod
     def open(cls, config: Config, workload: Workload | None) -> "Subject":
         """The recipe's own data, opened as training would; or a stand-in of the same size."""
+        deciding_metric(config)
         checkpoint = open_pretrained(config.model)
         model_config = parse_model(config.model, checkpoint)
         cache = cache_root(config.data) / PLANS
@@ -257,7 +267,9 @@ class Subject:
             if "train" not in source.splits:
                 raise UserError("data.train names no split; give --examples, --tokens and --labels instead")
             task = task_from_config(config, checkpoint, model_config, source.labels)
+            check_splits(config, source)
             data = task.examples(source.splits["train"], train=True, cache_key=(source.fingerprint, "train"))
+            task = with_class_weights(task, config, source, data)
             return cls(config, task, model_config, data, len(data), cache, checkpoint)
         regression = config.task.name == "sequence_regression"
         labels = None if regression else tuple(str(index) for index in range(workload.labels))
@@ -271,6 +283,7 @@ class Subject:
         parts = batch_parts(job.mesh) * config.train.accumulation
         batching, longest = config.data.batching, self.task.row_length
         shape = train_shape(self.data, config.train.batch_size, longest, batching, parts)
+        check_mixing(config, shape)
         batches = Batches(self.data, shape, config.seed, parts=parts)
         steps = config.train.steps or math.ceil(
             self.count / len(self.data) * batches.epochs.steps(config.train.epochs)
@@ -292,7 +305,7 @@ class Subject:
         step = self.train_step(config, devices)
         job, batches = step.job, step.batches
         mesh, machine = dict(job.mesh.shape), int(target.machine.memory)
-        programs = [step.program, self._lower_evaluation(config, job)]
+        programs = [step.program, self._lower_evaluation(config, job, step.state)]
         # A compilation does not fill two cores.
         with no_compile_cache(), ThreadPoolExecutor(len(programs)) as pool:
             trained, evaluated = pool.map(
@@ -302,6 +315,9 @@ class Subject:
         memory = None
         if "sizes" in trained:
             memory = _memory(trained["sizes"], step.state, step.batch, machine)
+        # A run that evaluates keeps what training goes on with.
+        beside = bytes_a_device(step.state)[1] - bytes_a_device(step.state.served)[1]
+        evaluation = _need(evaluated, machine) + beside
         return Estimate(
             target=target,
             config=config,
@@ -311,23 +327,24 @@ class Subject:
             filled=batches.shape.rows,
             length=batches.shape.length,
             steps=step.steps,
-            over=_over(trained, machine),
+            over=max(0, _need(trained, machine) - machine),
             memory=memory,
             program=program_of(trained),
             donated=trained.get("sizes", {}).get("alias", 0),
             minimum_flops=step.minimum_flops,
-            evaluation_over=_over(evaluated, machine),
+            evaluation=evaluation,
+            evaluation_over=max(0, evaluation - machine),
             compile_seconds=max(trained["seconds"], evaluated["seconds"]),
             compiler=compiler_version(target),
         )
 
-    def _lower_evaluation(self, config: Config, job: Job) -> Any:
+    def _lower_evaluation(self, config: Config, job: Job, state: TrainState) -> Any:
         """The evaluation step; the training split stands for the others, which are as long in all that matters here."""
         batching, parts = config.data.batching, batch_parts(job.mesh)
         shape = evaluation_shape(self.data, config.evaluation.batch_size, self.task.row_length, batching)
         batches = Batches(self.data, shape, None, parts=parts)
         batch = abstract_batch(batches.blank(batches.shape.length), batches.rows, job.mesh)
-        return lower_forward(make_forward(job.task, job.parts), job.abstract_weights, batch, job.mesh)
+        return lower_forward(make_forward(job.task.measured(), job.parts), state.weights, batch, job.mesh)
 
     def largest(self, target: Target, devices: list[Any]) -> Estimate:
         """The largest batch that fits, to within a few per cent.
@@ -345,7 +362,7 @@ class Subject:
             config = _with(self.config, "train.batch_size", units * unit)
             found = tried[units] = self.estimate(config, target, devices)
             over = max(found.over, found.evaluation_over)
-            return over or (found.memory.peak - found.memory.capacity if found.memory else 0.0)
+            return over or found.peak - int(target.machine.memory)
 
         best = largest_without(over, max(1, round(self.config.train.batch_size / unit)))
         if not best:
@@ -485,21 +502,21 @@ def largest_without(over: Callable[[int], float], start: int) -> int:
         following = min(max(guess, least), most)
 
 
-def minimum_flops(products: Sequence[tuple[str | None, float]], trained: Collection[str]) -> float:
+def minimum_flops(products: Sequence[Product], trained: Collection[str]) -> float:
     """FLOPs that the gradient needs at least: each product forward, again for its kernel where that is trained, and
-    again for its input (for both, where it reads no kernel) where anything before it is trained.
+    again for each input that anything trained goes into.
 
     Args:
-        products: (module whose kernel is read, FLOPs) in their order; a module without FLOPs only may be trained.
+        products: In their order.
         trained: Paths of the parameters that are.
     """
-    below, total = False, 0.0
-    for module, flops in products:
-        learns = f"{module}/kernel" in trained
-        total += flops * (1 + learns + below * (2 if module is None else 1))
-        if module is not None:
-            around = module.rpartition("/")[0] + "/"  # its bias, and the normalisation after it
-            below = below or any(path.startswith(around) for path in trained)
+    moves: dict[str, bool] = {}
+    total = 0.0
+    for product in products:
+        inputs = [moves[name] for name in product.reads]
+        total += product.flops * (1 + (f"{product.name}/kernel" in trained) + sum(inputs))
+        own = product.around and any(path.startswith(product.around) for path in trained)
+        moves[product.name] = bool(own) or any(inputs)
     return total
 
 
@@ -525,9 +542,9 @@ def peak(sizes: Mapping[str, int]) -> int:
     return sum(sizes.values()) - 2 * sizes["alias"]
 
 
-def _over(found: dict[str, Any], capacity: int) -> int:
-    """Bytes that a program needs and a device has not."""
-    return found["missing"] if "missing" in found else max(0, peak(found["sizes"]) - capacity)
+def _need(found: dict[str, Any], capacity: int) -> int:
+    """Bytes that a program needs of a device."""
+    return capacity + found["missing"] if "missing" in found else peak(found["sizes"])
 
 
 def program_of(found: dict[str, Any]) -> Program | None:

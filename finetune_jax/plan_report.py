@@ -51,7 +51,8 @@ def _batch(estimate: Estimate) -> str:
 
 def _fits(estimate: Estimate) -> str:
     if estimate.fits and estimate.memory is not None:
-        return f"yes: {_gb(estimate.memory.peak)} of {_gb(estimate.memory.capacity)} a device"
+        where = ", where it evaluates" if estimate.peak > estimate.memory.peak else ""
+        return f"yes: {_gb(estimate.peak)} of {_gb(estimate.memory.capacity)} a device{where}"
     parts = [("train step", estimate.over), ("evaluation step", estimate.evaluation_over)]
     return "no: " + ", ".join(f"{name} {_gb(over)} ({over:,} bytes) over" for name, over in parts if over)
 
@@ -104,6 +105,7 @@ def _figures(estimate: Estimate) -> dict[str, Any]:
         "steps": estimate.steps,
         "fits": estimate.fits,
         "over_bytes": estimate.over,
+        "evaluation_bytes": estimate.evaluation,
         "evaluation_over_bytes": estimate.evaluation_over,
         "donated_bytes": estimate.donated,
         "minimum_flops": estimate.minimum_flops,

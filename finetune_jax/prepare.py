@@ -23,7 +23,7 @@ from finetune_jax.sharding import Devices, batch_parts
 from finetune_jax.state import TrainState, create_state, initial_weights
 from finetune_jax.step import Updates
 from finetune_jax.synonyms import fingerprinted, with_synonyms
-from finetune_jax.tasks import TASKS
+from finetune_jax.tasks import TASKS, Task
 from finetune_jax.tasks.base import resolve_class_weights
 from finetune_jax.updates import abstract_state_of, cached_width, make_updates
 
@@ -64,11 +64,7 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         raise UserError("data.train names no split; there is nothing to train on")
     job = job_from_config(config, checkpoint, source, devices)
     metric = deciding_metric(config)
-    if config.train.early_stopping is not None and "validation" not in source.splits:
-        raise UserError(
-            f"train.early-stopping {config.train.early_stopping} needs a validation split, and there is none; set --data.validation-fraction,"
-            " or leave it out"
-        )
+    check_splits(config, source)
     examples: dict[str, Any] = {
         split: job.task.examples(records, train=split == "train", cache_key=(source.fingerprint, split))
         for split, records in source.splits.items()
@@ -77,11 +73,12 @@ def prepare(config: Config, devices: Devices | None) -> Setup:
         here = [device for device in job.mesh.devices.flat if device.process_index == jax.process_index()]
         examples["train"] = with_synonyms(config, job.task, examples["train"], here)
         source = fingerprinted(source, examples["train"])
-    job = with_class_weights(job, config, source, examples["train"])
+    task = with_class_weights(job.task, config, source, examples["train"])
+    job = dataclasses.replace(job, task=task)
     parts = batch_parts(job.mesh) * config.train.accumulation
     batch_size, longest = config.train.batch_size, job.task.row_length
     shape = train_shape(examples["train"], batch_size, longest, config.data.batching, parts)
-    _check_mixing(config, shape)
+    check_mixing(config, shape)
     batches = Batches(examples["train"], shape, config.seed, parts=parts, mesh=job.mesh)
     total_steps = config.train.steps or batches.epochs.steps(config.train.epochs)
     batches.steps = total_steps
@@ -116,6 +113,18 @@ def first_state(setup: Setup) -> TrainState:
         averaged=updates.averaged,
         frozen_dtype=updates.frozen_dtype,
     )
+
+
+def check_splits(config: Config, source: Source) -> None:
+    """
+    Raises:
+        UserError: Early stopping has no validation split to go by.
+    """
+    if config.train.early_stopping is not None and "validation" not in source.splits:
+        raise UserError(
+            f"train.early-stopping {config.train.early_stopping} needs a validation split, and there is none; set --data.validation-fraction,"
+            " or leave it out"
+        )
 
 
 def deciding_metric(config: Config) -> str:
@@ -186,7 +195,7 @@ def pretrained_weights(
     )
 
 
-def _check_mixing(config: Config, shape: RowShape) -> None:
+def check_mixing(config: Config, shape: RowShape) -> None:
     """
     Raises:
         UserError: No micro-batch holds two examples that could be mixed.
@@ -199,15 +208,15 @@ def _check_mixing(config: Config, shape: RowShape) -> None:
         )
 
 
-def with_class_weights(job: Job, config: Config, source: Source, examples: Any) -> Job:
-    """The job with the config's class weights, counted on what the loss of the training split counts: examples, or pieces with a tag."""
+def with_class_weights(task: Task, config: Config, source: Source, examples: Any) -> Task:
+    """The task with the config's class weights, counted on what the loss of the training split counts: examples, or pieces with a tag."""
     if source.labels is None or config.task.class_weights == "none":
-        return job
-    if job.task.of_pieces:
+        return task
+    if task.of_pieces:
         known = np.asarray(examples.labels)
         known = known[known >= 0]
     else:
         known = np.asarray(source.splits["train"].columns(["label"])["label"], np.int64)
     counts = np.bincount(known, minlength=len(source.labels))
     weights = resolve_class_weights(config.task.class_weights, source.labels, counts)
-    return dataclasses.replace(job, task=dataclasses.replace(job.task, class_weights=weights))  # pyright: ignore
+    return dataclasses.replace(task, class_weights=weights)  # pyright: ignore[reportCallIssue]

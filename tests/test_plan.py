@@ -15,14 +15,22 @@ from finetune_jax import cli, plan, plan_report, targets
 from finetune_jax.config import (
     Config,
     DataConfig,
+    EvaluationConfig,
     ImageConfig,
     MeshConfig,
+    MethodsConfig,
     ModelConfig,
+    OptimConfig,
+    PeftConfig,
     TaskConfig,
     TrainConfig,
+    from_dict,
 )
 from finetune_jax.errors import UserError
 from finetune_jax.models import bert, resnet
+from finetune_jax.models.layers import Product
+from finetune_jax.prepare import prepare
+from tests import tiny
 
 WORK = plan.Workload(1000, 32, 3)
 BERT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "vocab_size": 512,
@@ -131,18 +139,62 @@ def test_flops_of_resnet_are_the_formula(here):
 
 
 def test_minimum_of_frozen_parts():
+    """Two dense layers side by side, their product with each other, and two more, of which the last reads the first's too."""
     products = [
-        ("embeddings/word", 0.0),
-        ("a/dense", 10.0),
-        (None, 7.0),
-        ("b/dense", 100.0),
-        ("head", 1000.0),
+        Product("words", 0.0, (), "words/"),
+        Product("query", 1.0, ("words",), "query/"),
+        Product("key", 10.0, ("words",), "key/"),
+        Product("scores", 100.0, ("query", "key"), "prefix/"),
+        Product.dense("b/dense", 1000.0, "scores"),
+        Product("sum", 0.0, ("query", "b/dense")),
+        Product.dense("head", 10000.0, "sum"),
     ]
-    everything = {"embeddings/word/embedding", "a/dense/kernel", "b/dense/kernel", "head/kernel"}
-    assert plan.minimum_flops(products, everything) == 3 * (10 + 7 + 100 + 1000)
-    assert plan.minimum_flops(products, {"head/kernel"}) == 10 + 7 + 100 + 2 * 1000
-    assert plan.minimum_flops(products, {"b/dense/kernel", "head/kernel"}) == 10 + 7 + 2 * 100 + 3 * 1000
-    assert plan.minimum_flops(products, {"a/dense/bias"}) == 10 + 3 * 7 + 2 * 100 + 2 * 1000
+    everything = {f"{name}/kernel" for name in ("words", "query", "key", "b/dense", "head")}
+    assert plan.minimum_flops(products, everything) == 33333
+    assert plan.minimum_flops(products, {"head/kernel"}) == 21111
+    assert plan.minimum_flops(products, {"b/dense/kernel", "head/kernel"}) == 32111
+    assert plan.minimum_flops(products, {"b/LayerNorm/scale"}) == 21111
+    assert plan.minimum_flops(products, {"query/lora_a"}) == 22211, (
+        "key is a neighbour, its input is nobody's"
+    )
+    assert plan.minimum_flops(products, {"query/kernel"}) == 22212
+    assert plan.minimum_flops(products, {"query/bias", "key/bias"}) == 22311
+    assert plan.minimum_flops(products, {"prefix/prefix"}) == 22111
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt", "bottleneck"])
+def test_what_is_computed_is_no_less_than_the_minimum_of_what_is_trained(here, method):
+    """And no more than what the method itself and XLA's choice of what to compute again take."""
+    estimate, _ = of(dataclasses.replace(recipe(), peft=PeftConfig(method=method)))
+    head, _ = of(dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, train="head")))
+    assert head.minimum_flops < 0.7 * estimate.minimum_flops
+    assert 1 <= estimate.program.flops / estimate.minimum_flops < 1.35
+
+
+def test_an_evaluation_needs_its_own_memory_and_what_training_goes_on_with(here):
+    """Optimizer and, beside the averages, the parameters."""
+    evaluated = dataclasses.replace(recipe(), evaluation=EvaluationConfig(batch_size=512))
+    plain, _ = of(dataclasses.replace(evaluated, optim=OptimConfig(name="sgd", momentum=0.0)))
+    adam, _ = of(evaluated)
+    averaged, _ = of(dataclasses.replace(evaluated, methods=MethodsConfig(ema=0.9)))
+    assert plain.peak == plain.evaluation > plain.memory.peak
+    assert adam.evaluation - plain.evaluation == adam.memory.optimizer - plain.memory.optimizer
+    weights = adam.memory.parameters
+    assert averaged.evaluation - adam.evaluation == averaged.memory.parameters - weights > 0.9 * weights
+
+
+def test_frozen_matrices_are_evaluated_as_training_keeps_them(here, monkeypatch):
+    seen = {}
+    lower = plan.lower_forward
+    monkeypatch.setattr(
+        plan,
+        "lower_forward",
+        lambda step, weights, *rest: seen.update(weights) or lower(step, weights, *rest),
+    )
+    model = dataclasses.replace(recipe().model, frozen_dtype="bfloat16")
+    of(dataclasses.replace(recipe(), peft=PeftConfig(method="lora"), model=model))
+    dense = "bert/encoder/layer/0/attention/self/query"
+    assert (seen[f"{dense}/kernel"].dtype, seen[f"{dense}/lora_a"].dtype) == ("bfloat16", "float32")
 
 
 @pytest.mark.parametrize("family", ["bert", "resnet"])
@@ -159,7 +211,9 @@ def test_products_name_every_kernel(family):
         found = resnet.products(config, 3, 4, 16)
     state = nnx.state(nnx.eval_shape(lambda: model(config, 3, rngs=nnx.Rngs(0))))
     kernels = {"/".join(map(str, path[:-1])) for path, _ in nnx.to_flat_state(state) if path[-1] == "kernel"}
-    assert {module for module, flops in found if flops and module} == kernels
+    named = {product.name for product in found if product.flops}
+    assert kernels <= named
+    assert all(name.endswith(("/scores", "/mixed")) for name in named - kernels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,6 +357,33 @@ def test_bad_input_is_one_line(here, monkeypatch):
     for target, extra in (("v5e:2x2", "plan-tpu"), ("h100:8", "plan-cuda")):
         with pytest.raises(UserError, match=re.escape(f"pip install 'finetune-jax[{extra}]'")):
             of(recipe(), target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"evaluation": {"metric": "nonsense"}},
+            "evaluation.metric nonsense is not among this task's metrics",
+        ),
+        ({"task": {"class_weights": {"yes": 1.0}}}, "missing ['no']"),
+        ({"train": {"early_stopping": 2}, "data": {"validation": None}}, "needs a validation split"),
+    ],
+)
+def test_what_training_refuses_is_not_planned(here, change, message, tmp_path):
+    config = from_dict(tiny.changed_fields(tiny.config_of("text", tmp_path), change), "here")
+    for answer in (lambda: prepare(config, jax.devices()[:1]), lambda: plan.plan(config, ["v5e:1x1"])):
+        with pytest.raises(UserError, match=re.escape(message)):
+            answer()
+
+
+def test_texts_as_long_as_rows_have_nobody_to_mix_with(here):
+    alone = recipe(train=TrainConfig(batch_size=4, accumulation=4))
+    packed = dataclasses.replace(alone, methods=MethodsConfig(mixup=0.2), data=DataConfig(max_length=32))
+    with pytest.raises(
+        UserError, match=r"4 rows of one text each over train.accumulation 4 leave one in each"
+    ):
+        of(packed, "v5e:1x1")
 
 
 def test_chips_devices_and_neighbours():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from finetune_jax.job import job_from_config, open_source
 from finetune_jax.optim import make_optimizer, make_schedule
 from finetune_jax.sharding import place_rows
 from finetune_jax.state import create_state, initial_weights
-from finetune_jax.step import Updates, make_forward, make_train_step
+from finetune_jax.step import Updates, make_forward, make_train_step, summed_gradient
 from finetune_jax.tasks.base import cross_entropy, resolve_class_weights
 from finetune_jax.tree import unflatten
 from finetune_jax.updates import make_objective
@@ -207,3 +208,17 @@ def test_a_batch_without_a_label_moves_nothing_into_nan(tmp_path):
     batch["weights"] = np.zeros_like(batch["weights"])
     after, _ = step(state, batch)
     assert all(bool(jnp.isfinite(value).all()) for value in after.params.values())
+
+
+def test_each_micro_batch_has_a_key_of_its_own():
+    """The step's key, folded with its number: dropout, mixing and random starts differ between them."""
+
+    def gradient(params, frozen, statistics, rows, key, averages):
+        return (0.0, (jax.random.uniform(key), jnp.float32(1.0), statistics)), {}
+
+    state = types.SimpleNamespace(params={}, frozen={}, model_state={}, averages={})
+    key = jax.random.key(5)
+    total, weight, _, _ = summed_gradient(gradient, state, {"labels": jnp.zeros(6)}, key, 3)  # pyright: ignore[reportArgumentType]
+    drawn = [float(jax.random.uniform(jax.random.fold_in(key, number))) for number in range(3)]
+    assert len(set(drawn)) == 3
+    np.testing.assert_allclose((total, weight), (sum(drawn), 3.0), rtol=1e-6)

@@ -20,6 +20,7 @@ from finetune_jax.models.layers import (
     Embed,
     LayerNorm,
     Linear,
+    Product,
     depth_rate,
     dropout,
     rematerialised,
@@ -540,12 +541,8 @@ def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
-def products(
-    config: BertConfig, num_labels: int, rows: int, length: int, outputs: int
-) -> list[tuple[str | None, float]]:
-    """FLOPs of the forward pass's products in their order, each with the module whose kernel it reads.
-
-    Without a module it reads two activations; without FLOPs it is a module that only may be trained.
+def products(config: BertConfig, num_labels: int, rows: int, length: int, outputs: int) -> list[Product]:
+    """Of the forward pass, in their order.
 
     Args:
         config: The network.
@@ -555,17 +552,26 @@ def products(
         outputs: Positions with a row of logits: segments, or all tokens.
     """
     D, F, tokens = config.hidden_size, config.intermediate_size, rows * length
-    found: list[tuple[str | None, float]] = [("bert/embeddings/word_embeddings", 0.0)]
+    before = "bert/embeddings"
+    found = [Product(before, 0.0, (), "bert/embeddings/")]
     for index in range(config.num_hidden_layers):
         layer = f"bert/encoder/layer/{index}"
-        found += [
-            (f"{layer}/attention/self/{name}", 2.0 * tokens * D * D) for name in ("query", "key", "value")
-        ]
-        found += [
-            (None, 4.0 * tokens * length * D),
-            (f"{layer}/attention/output/dense", 2.0 * tokens * D * D),
-        ]
-        found += [(f"{layer}/{name}/dense", 2.0 * tokens * D * F) for name in ("intermediate", "output")]
+        read = [f"{layer}/attention/self/{name}" for name in ("query", "key", "value")]
+        found += [Product(name, 2.0 * tokens * D * D, (before,), f"{name}/") for name in read]
+        # A prefix's keys move the scores; what its rows take themselves is not counted.
+        scores, mixed = f"{layer}/scores", f"{layer}/mixed"
+        found.append(Product(scores, 2.0 * tokens * length * D, (read[0], read[1]), "bert/prefix/"))
+        found.append(Product(mixed, 2.0 * tokens * length * D, (scores, read[2]), "bert/prefix/"))
+        attended = f"{layer}/attention/output/dense"
+        found.append(Product.dense(attended, 2.0 * tokens * D * D, mixed))
+        beside = f"{layer}/attention"  # the residual branch; its sum is what the next layers read
+        found.append(Product(beside, 0.0, (before, attended)))
+        inner, outer = f"{layer}/intermediate/dense", f"{layer}/output/dense"
+        found.append(Product.dense(inner, 2.0 * tokens * D * F, beside))
+        found.append(Product.dense(outer, 2.0 * tokens * D * F, inner))
+        found.append(Product(layer, 0.0, (beside, outer)))
+        before = layer
     if outputs != tokens:
-        found.append(("bert/pooler/dense", 2.0 * outputs * D * D))
-    return [*found, ("classifier", 2.0 * outputs * D * num_labels)]
+        found.append(Product.dense("bert/pooler/dense", 2.0 * outputs * D * D, before))
+        before = "bert/pooler/dense"
+    return [*found, Product.dense("classifier", 2.0 * outputs * D * num_labels, before)]

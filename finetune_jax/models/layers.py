@@ -420,6 +420,25 @@ def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return word ^ (word >> 14)
 
 
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of a forward pass, for counting what a gradient takes; one without FLOPs is a place where others meet."""
+
+    name: str
+    """Of the module whose kernel it reads, or any other where it reads what others have made only."""
+    flops: float
+    reads: tuple[str, ...]
+    """The products before it that each of its inputs comes from, its kernel left out."""
+    around: str = ""
+    """Beginning of the paths of what makes its result, kernel and bias and what is put beside them; nothing where there is none."""
+
+    @classmethod
+    def dense(cls, name: str, flops: float, reads: str) -> "Product":
+        """Of a dense layer, and of the normalisation after it, which stands beside it."""
+        parent = name.rpartition("/")[0] or name
+        return cls(name, flops, (reads,), f"{parent}/")
+
+
 def _as_rank(vector: jax.Array, ndim: int) -> jax.Array:
     """A vector as the last axis of `ndim` axes: rank promotion is never silent here."""
     return vector.reshape((1,) * (ndim - 1) + (-1,))

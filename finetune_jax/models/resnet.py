@@ -19,6 +19,7 @@ from finetune_jax.models.layers import (
     Compute,
     Conv,
     Linear,
+    Product,
     depth_rate,
     max_pool,
     rematerialised,
@@ -282,8 +283,8 @@ def _uniform(bound: float):
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def products(config: ResNetConfig, num_labels: int, images: int, size: int) -> list[tuple[str | None, float]]:
-    """FLOPs of the forward pass's products in their order, each with the module whose kernel it reads; taps on padding do not count.
+def products(config: ResNetConfig, num_labels: int, images: int, size: int) -> list[Product]:
+    """Of the forward pass, in their order; taps on padding do not count.
 
     Args:
         config: The network.
@@ -292,25 +293,31 @@ def products(config: ResNetConfig, num_labels: int, images: int, size: int) -> l
         size: Height and width of an image, pixels.
     """
     model = nnx.eval_shape(lambda: ResNetForImageClassification(config, num_labels, rngs=nnx.Rngs(0)))
-    found: list[tuple[str | None, float]] = []
+    found: list[Product] = []
 
-    def convolve(path: str, layer: ConvLayer, size: int) -> int:
+    def convolve(path: str, layer: ConvLayer, size: int, reads: tuple[str, ...]) -> int:
         kernel, stride = layer.convolution.kernel, layer.convolution.stride
         width, _, c_in, c_out = kernel.shape
         out = (size + 2 * (width // 2) - width) // stride + 1
         places = [range(o * stride - width // 2, o * stride - width // 2 + width) for o in range(out)]
         taps = sum(0 <= place < size for row in places for place in row)
-        found.append((f"{path}/convolution", 2.0 * images * taps * taps * c_in * c_out))
+        flops = 2.0 * images * taps * taps * c_in * c_out
+        found.append(Product(f"{path}/convolution", flops, reads, f"{path}/"))
         return out
 
     resnet = model.resnet
-    size = convolve("resnet/embedder/embedder", resnet.embedder.embedder, size)
-    size = (size + 1) // 2
+    size = convolve("resnet/embedder/embedder", resnet.embedder.embedder, size, ())
+    size, before = (size + 1) // 2, found[-1].name
     for number, stage in enumerate(resnet.encoder.stages):
         for index, block in enumerate(stage.layers):
-            path, entered = f"resnet/encoder/stages/{number}/layers/{index}", size
+            path, entered, beside = f"resnet/encoder/stages/{number}/layers/{index}", size, before
             if block.projects:
-                convolve(f"{path}/shortcut", block.shortcut, entered)
+                convolve(f"{path}/shortcut", block.shortcut, entered, (before,))
+                beside = found[-1].name
             for place, layer in enumerate(block.layer):
-                size = convolve(f"{path}/layer/{place}", layer, size)
-    return [*found, ("classifier", 2.0 * images * config.hidden_sizes[-1] * num_labels)]
+                size = convolve(f"{path}/layer/{place}", layer, size, (before,))
+                before = found[-1].name
+            found.append(Product(path, 0.0, (beside, before)))
+            before = path
+    flops = 2.0 * images * config.hidden_sizes[-1] * num_labels
+    return [*found, Product.dense("classifier", flops, before)]

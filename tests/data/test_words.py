@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from finetune_jax import train as loop
 from finetune_jax.config import Config, ModelConfig, TaskConfig, TextConfig
 from finetune_jax.data.packing import Placement, RowShape, plan_packed
-from finetune_jax.data.text import load_tokenizer, sequence_features, token_features
+from finetune_jax.data.text import load_tokenizer, prompted, sequence_features, token_features
 from finetune_jax.data.words import (
     CHOICE,
     DROPOUT,
@@ -229,6 +229,19 @@ def test_another_kind_of_tokenizer_is_refused():
         UserError, match="WordPiece tokenizer, which tells where words begin; this one is BPE"
     ):
         Vocabulary.of(backend, 0)
+
+
+def test_a_prompts_rows_are_no_words(tokenizer):
+    """Ids past the vocabulary's stand for them: they are neither masked nor moved, and nothing is moved over them."""
+    size = len(VOCAB)
+    vocabulary = Vocabulary.of(tokenizer.backend, tokenizer.unknown_id, size + 3)
+    features = prompted(sequence_features(tokenizer, ["the cat sat"] * 5, None, 16), range(size, size + 3))
+    rows = features.input_ids.reshape(5, -1)
+    assert (rows[:, :3] == np.arange(size, size + 3)).all()
+    config = TextConfig(word_dropout=1.0, word_swap=1.0)
+    pieces = features.all_pieces()
+    made, _ = WordAugmentation(config, vocabulary, 0)(pieces, 0)
+    assert (made.reshape(5, -1)[:, :3] == np.arange(size, size + 3)).all()
 
 
 def test_shares_and_independence(tokenizer, vocabulary):

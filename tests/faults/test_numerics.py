@@ -8,7 +8,7 @@ import pytest
 
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
-from finetune_jax.config import EvaluationConfig
+from finetune_jax.config import EvaluationConfig, MethodsConfig
 from finetune_jax.errors import UserError
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
@@ -63,7 +63,8 @@ def newest(run):
     ],
 )
 def test_a_bad_update_changes_nothing_but_the_counters(kind, how, tmp_path, one_device, monkeypatch):
-    config = config_of(kind, tmp_path, steps=6)
+    averages = MethodsConfig(ema=0.9) if kind == "text" else MethodsConfig(swa=0.34)
+    config = dataclasses.replace(config_of(kind, tmp_path, steps=6), methods=averages)
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=one_device, stop_at=3)
     before = newest(tmp_path / "run")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune_jax.config import MethodsConfig, OptimConfig
-from finetune_jax.methods.objective import Plain, Proximal, Smooth
+from finetune_jax.methods.objective import Adversarial, Plain, Proximal, Smooth
 from finetune_jax.methods.perturbation import WordOffsets
 from finetune_jax.prepare import first_state, prepare
 from finetune_jax.step import make_forward, make_train_step
@@ -112,6 +112,27 @@ def test_a_score_moves_by_its_square():
     for one_way in (False, True):
         found = SequenceRegression.divergence(None, one, two, batch, one_way=one_way)  # pyright: ignore
         assert float(found) == 0.25
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Smooth(TASK, WordOffsets(WIDTH, RADIUS, RATE, WORDS), 2, 1.0, held=False),  # pyright: ignore[reportArgumentType]
+        Adversarial(TASK, WordOffsets(WIDTH, RADIUS, RATE, WORDS), 2, random_start=True),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_all_passes_of_a_step_have_one_dropout(objective, problem):
+    """What differs between them is the offset alone."""
+    run_of, batch, _, _ = problem
+    keys = []
+
+    def run(key, *words, **switches):
+        keys.append(jax.random.key_data(key).tolist())
+        return run_of(1.0)(key, *words, **switches)
+
+    objective(run, batch, jax.random.key(3))
+    assert len(keys) >= 3
+    assert {tuple(key) for key in keys} == {tuple(jax.random.key_data(jax.random.key(3)).tolist())}
 
 
 def test_proximal_by_hand(problem):

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import math
 import re
 import shutil
 import warnings
@@ -29,6 +30,7 @@ from finetune_jax.config import MeshConfig, OptimConfig, PeftConfig
 from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
+from finetune_jax.models import bert
 from finetune_jax.models.bert import BertConfig, Output
 from finetune_jax.models.layers import FLOAT32, Conv, Linear
 from finetune_jax.models.resnet import ConvLayer
@@ -128,6 +130,37 @@ def test_dropout_drops_of_the_products_input_only():
     assert not np.allclose(*kept)
     many = np.mean([np.asarray(layer(x, jax.random.key(i)) - base(x)) for i in range(400)], axis=0)
     np.testing.assert_allclose(many, np.asarray(layer(x) - base(x)), atol=0.25)
+
+
+def test_layers_of_one_key_drop_different_elements():
+    base = Linear(64, 5, nnx.initializers.normal(), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    one, other = (LoraLinear(base, 3, 1.0, 0.5, name, nnx.Rngs(1)) for name in ("query", "key"))
+    for layer in (one, other):
+        layer.lora_b[...] = jnp.ones((3, 5))
+    x = jnp.asarray(values(np.random.default_rng(0), 1, 64))
+    np.testing.assert_array_equal(one(x), other(x))
+    assert not np.allclose(one(x, jax.random.key(0)), other(x, jax.random.key(0)))
+
+
+def test_what_is_random_starts_as_in_the_papers():
+    """lora_a as Hugging Face peft's (uniform, torch's kaiming_uniform_ of sqrt(5)), a bottleneck with a deviation of 0.01."""
+    wide = Linear(400, 5, nnx.initializers.normal(), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    theirs = torch.empty(100, 400)
+    torch.nn.init.kaiming_uniform_(theirs, a=math.sqrt(5), generator=torch.Generator().manual_seed(0))
+    ours = np.asarray(LoraLinear(wide, 100, 1.0, 0.0, "x", nnx.Rngs(1)).lora_a[...])
+    window = Conv(16, 6, 5, 1, nnx.initializers.normal(), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    convolved = np.asarray(LoraConv(window, 100, 1.0, nnx.Rngs(1)).lora_a[...])
+    for found in (ours, convolved):
+        assert abs(found).max() == pytest.approx(float(theirs.abs().max()), rel=0.01)
+        assert found.std() == pytest.approx(float(theirs.std()), rel=0.02)
+        assert abs(found.mean()) < 0.02 * abs(found).max()
+    config = bert.BertConfig(**{**tiny.FIELDS, "hidden_size": 128})
+    made = bert.BertForSequenceClassification(config, 2, rngs=nnx.Rngs(0))
+    install.install(made, PeftConfig(method="bottleneck", width=64), "bert", bert.HEAD, jax.random.key(0))
+    downs = [value for path, value in nnx.to_flat_state(nnx.state(made)) if path[-1] == "adapter_down"]
+    assert downs
+    for down in downs:
+        assert np.asarray(down[...]).std() == pytest.approx(0.01, rel=0.05)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 2)])
