@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from finetune_jax import job, runfolder
+from finetune_jax import runfolder, updates
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import Checkpoints
 from finetune_jax.config import EvaluationConfig, MeshConfig, load_saved, to_dict
@@ -106,10 +106,12 @@ def test_a_state_of_another_version_is_left_alone(tmp_path, monkeypatch):
     config, devices = text_config(tmp_path, steps=4), jax.devices()[:1]
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=devices, stop_at=2)
-    made = job.make_optimizer
+    made = updates.make_optimizer
     with monkeypatch.context() as patch:
         patch.setattr(
-            job, "make_optimizer", lambda *a: optax.chain(made(*a), optax.scale_by_schedule(lambda n: 1.0))
+            updates,
+            "make_optimizer",
+            lambda *a: optax.chain(made(*a), optax.scale_by_schedule(lambda n: 1.0)),
         )
         with pytest.raises(
             UserError,

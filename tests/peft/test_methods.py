@@ -572,12 +572,14 @@ def test_merged_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_an_adapter_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
+    """Bit for bit. Of DoRA peft's file has the sum of a length and what was learned, which float32 rounds: the last bit may differ."""
     run = runs(kind, name)
-    assert export(run, tmp_path / "adapter", verify=True, adapter=True) == 0.0
+    apart = 1e-6 if "dora" in name else 0.0
+    assert export(run, tmp_path / "adapter", verify=True, adapter=True) <= apart
     assert not (tmp_path / "adapter/model.safetensors").exists()
     rows = inputs(kind, tmp_path)
     for ours, theirs in zip(logits_of(run, rows), logits_of(tmp_path / "adapter", rows), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=apart)
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
