@@ -332,7 +332,7 @@ def test_a_peer_is_the_network_it_stands_for(benchmark):
     )
     config = resnet.ResNetConfig(embedding_size=16, hidden_sizes=(64, 128), depths=(1, 1))
     products = resnet.products(config, 10, 2, 32)
-    least = minimum_flops(products, {f"{module}/kernel" for module, _ in products})
+    least = minimum_flops(products, {f"{product.name}/kernel" for product in products})
     program = read_program(compiled.as_text(), dict(mesh.shape))
     assert program.flops == pytest.approx(least, rel=0.01)
 
