@@ -580,6 +580,16 @@ def test_an_adapter_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
     rows = inputs(kind, tmp_path)
     for ours, theirs in zip(logits_of(run, rows), logits_of(tmp_path / "adapter", rows), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=apart)
+    if "dora" not in name:
+        return
+    (_, weights), (_, opened) = open_model(str(run)), open_model(str(tmp_path / "adapter"))
+    assert weights.keys() == opened.keys()
+    for path, value in weights.items():
+        rounded = 0.0
+        if path.endswith("/dora_m"):
+            kernel = np.asarray(weights[path.removesuffix("dora_m") + "kernel"])
+            rounded = np.spacing(np.sqrt((kernel**2).sum(tuple(range(kernel.ndim - 1)))) + np.asarray(value))
+        assert (np.abs(np.asarray(opened[path]) - np.asarray(value)) <= rounded).all(), path
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
