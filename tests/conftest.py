@@ -5,8 +5,10 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Tiny programs: compiling is all they cost, and XLA's older emitters take half the time over it.
+# Tiny programs: compiling is all they cost, and XLA's older emitters take half the time over it. Both workers have a core each,
+# and a program in many pieces for many threads to compile takes a fifth longer than in one.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

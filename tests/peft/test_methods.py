@@ -26,7 +26,7 @@ from transformers import (
 
 from finetune_jax import train as loop
 from finetune_jax.checkpoint import named_leaves
-from finetune_jax.config import MeshConfig, OptimConfig, PeftConfig
+from finetune_jax.config import MeshConfig, OptimConfig, PeftConfig, load_saved
 from finetune_jax.data.text import TextFeatures, prompted
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
@@ -490,25 +490,6 @@ def test_at_the_start_the_model_is_the_base(kind, name, tmp_path):
     assert_same_bits(*weights)
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_only_the_method_and_the_head_learn_and_a_stopped_run_goes_on(kind, name, tmp_path):
-    config = of_method(config_of(kind, tmp_path, steps=6), name)
-    setup = prepare(config, jax.devices()[ONE])
-    start = first_state(setup).weights
-    loop.train(config, tmp_path / "whole", devices=jax.devices()[ONE])
-    with pytest.raises(loop.Stopped):
-        loop.train(config, tmp_path / "parts", devices=jax.devices()[ONE], stop_at=3)
-    loop.train(config, tmp_path / "parts", devices=jax.devices()[ONE])
-    whole = saved(tmp_path / "whole")
-    assert_same_bits(whole, saved(tmp_path / "parts"))
-    for path, value in whole[1]["weights"].items():
-        moved = np.asarray(value).tobytes() != np.asarray(start[path]).tobytes()
-        if not path.endswith("/lora_e"):  # all of a layer may have been pruned, which is where they began
-            assert moved == (is_added(path) or path.startswith("classifier/")), path
-    moments = {str(path) for path, _ in jax.tree.flatten_with_path(whole[1]["training"]["opt_state"])[0]}
-    assert not any(path.endswith("kernel']") and "classifier" not in path for path in moments)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Kind -> a Hugging Face folder of a tiny model, trained a little."""
@@ -544,6 +525,23 @@ def runs(tmp_path_factory, base):
         return made[kind, name]
 
     return run_of
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_only_the_method_and_the_head_learn_and_a_stopped_run_goes_on(kind, name, runs, tmp_path):
+    config = load_saved(runs(kind, name) / "config.json")
+    start = first_state(prepare(config, jax.devices()[ONE])).weights
+    with pytest.raises(loop.Stopped):
+        loop.train(config, tmp_path / "parts", devices=jax.devices()[ONE], stop_at=3)
+    loop.train(config, tmp_path / "parts", devices=jax.devices()[ONE])
+    whole = saved(runs(kind, name))
+    assert_same_bits(whole, saved(tmp_path / "parts"))
+    for path, value in whole[1]["weights"].items():
+        moved = np.asarray(value).tobytes() != np.asarray(start[path]).tobytes()
+        if not path.endswith("/lora_e"):  # all of a layer may have been pruned, which is where they began
+            assert moved == (is_added(path) or path.startswith("classifier/")), path
+    moments = {str(path) for path, _ in jax.tree.flatten_with_path(whole[1]["training"]["opt_state"])[0]}
+    assert not any(path.endswith("kernel']") and "classifier" not in path for path in moments)
 
 
 def inputs(kind, tmp_path):
