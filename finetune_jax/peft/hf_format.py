@@ -218,7 +218,7 @@ def _layer_tensors(
         if layer not in modules or not re.fullmatch(ADDED, path):
             continue
         if name == "dora_m":
-            value = lengths(values[f"{layer}/kernel"]).astype(np.float32) + value
+            value = (lengths(values[f"{layer}/kernel"]) + value).astype(np.float32)  # rounded once
         if layer in kept:
             value = value[kept[layer]] if name in ("lora_e", "lora_b") else value[..., kept[layer]]
         tail, transform = _place(config, layer, name)
