@@ -79,17 +79,19 @@ class Forward:
         self._step, self._width = step or make(job.task, job.parts), features or job.task.num_labels
         self._batches = Batches(examples, shape, None, parts=batch_parts(job.mesh), mesh=job.mesh)
         self.compiled: dict[int, Any] = {}
-        """Of what `lower` gives; made at first use where nobody has set it."""
+        """By the length of rows; made at first use where nobody has set it."""
 
-    def lower(self, weights: Flat) -> dict[int, Any]:
-        """Ready to compile, by the length of rows; `weights` gives shapes and shardings."""
-        step, rows, mesh = self._step, self._batches.rows, self._job.mesh
+    def shapes(self) -> dict[int, dict[str, jax.ShapeDtypeStruct]]:
+        """The global batch that the step takes, by the length of rows. Two splits may share a program where it is the same."""
+        rows, mesh = self._batches.rows, self._job.mesh
         return {
-            length: lower_forward(
-                step, weights, abstract_batch(self._batches.blank(length), rows, mesh), mesh
-            )
+            length: abstract_batch(self._batches.blank(length), rows, mesh)
             for length in self._batches.lengths
         }
+
+    def lower(self, weights: Flat, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
+        """Ready to compile for one of the shapes; `weights` gives their own shapes and shardings."""
+        return lower_forward(self._step, weights, batch, self._job.mesh)
 
     def outputs(
         self, weights: Flat, stop: Callable[[], bool] = lambda: False
@@ -100,7 +102,8 @@ class Forward:
             Interrupted: `stop` said so.
         """
         if not self.compiled:
-            self.compiled = compile_all(self.lower(weights))
+            lowered = {length: self.lower(weights, batch) for length, batch in self.shapes().items()}
+            self.compiled = compile_all(lowered)
         collected = np.zeros((self._examples.outputs, self._width), np.float32)
         sums: metrics.Sums = {}
         pending: list[tuple[int, Any]] = []

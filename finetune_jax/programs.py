@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 from finetune_jax.compiling import collected, compiling_all
 from finetune_jax.config import Config
 from finetune_jax.data.features import CachedFeatures
@@ -17,7 +19,7 @@ from finetune_jax.tree import Flat
 
 
 class Programs:
-    """A train step for each length of rows, the forward step of each split that is evaluated, and of each that is cached."""
+    """A train step for each length of rows, and forward steps for the splits that are evaluated and those that are cached."""
 
     def __init__(
         self,
@@ -55,18 +57,25 @@ class Programs:
         for length in batches.lengths:
             batch = abstract_batch(batches.blank(length), batches.rows, mesh)
             lowered["train", length] = lower_train_step(update, state, batch, mesh)
-        for kind, forwards in (("logits", self.forwards), ("features", self._backbones)):
-            for split, forward in forwards.items():
-                programs = forward.lower(state.weights)
-                lowered |= {(kind, split, length): program for length, program in programs.items()}
+        for kind, forward in self._evaluating():
+            for batch in forward.shapes().values():
+                name = _name(kind, batch)
+                if name not in lowered:
+                    lowered[name] = forward.lower(state.weights, batch)
         self._compiling = compiling_all(lowered)
+
+    def _evaluating(self) -> list[tuple[str, Forward]]:
+        """With what they give."""
+        return [
+            *(("logits", forward) for forward in self.forwards.values()),
+            *(("features", forward) for forward in self._backbones.values()),
+        ]
 
     def wait(self) -> tuple[dict[int, Any], float]:
         """The train steps by length of rows, and the seconds since all began; the forward steps are ready too."""
         compiled = collected(self._compiling)
-        for kind, forwards in (("logits", self.forwards), ("features", self._backbones)):
-            for split, forward in forwards.items():
-                forward.compiled = {name[2]: p for name, p in compiled.items() if name[:2] == (kind, split)}
+        for kind, forward in self._evaluating():
+            forward.compiled = {n: compiled[_name(kind, batch)] for n, batch in forward.shapes().items()}
         steps = {name[1]: program for name, program in compiled.items() if name[0] == "train"}
         return steps, time.perf_counter() - self._since
 
@@ -75,3 +84,8 @@ class Programs:
         for name, split in self._cached.items():
             split.values, _ = self._backbones[name].outputs(weights)
         return sum(split.values.nbytes for split in self._cached.values())
+
+
+def _name(kind: str, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[Any, ...]:
+    """Of a forward step's program: splits whose batches have one shape have one program."""
+    return kind, *sorted(batch.items())

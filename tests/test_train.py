@@ -17,6 +17,7 @@ from finetune_jax.config import CheckpointConfig, EvaluationConfig, MeshConfig
 from finetune_jax.errors import UserError
 from finetune_jax.export import export
 from finetune_jax.prepare import prepare
+from finetune_jax.programs import Programs
 from finetune_jax.tasks.image import ImageClassification
 from finetune_jax.tasks.sequence import SequenceClassification
 from tests import tiny
@@ -349,3 +350,14 @@ def test_best_checkpoint_stays(tmp_path, one_device):
     assert checkpoints.choose("latest") == 12
     with pytest.raises(UserError, match="no checkpoint of step 3"):
         checkpoints.choose("3")
+
+
+@pytest.mark.parametrize(("kind", "count"), [("text", 2), ("image", 1)])
+def test_splits_whose_batches_have_one_shape_share_a_program(kind, count, one_device, tmp_path):
+    """Packed validation and test of texts have rows of their own numbers."""
+    setup = prepare(config_of(kind, tmp_path), one_device)
+    programs = Programs(setup.config, setup.job, setup.batches, setup.inputs, setup.updates, setup.state)
+    programs.wait()
+    assert set(programs.forwards) == {"validation", "test"}
+    found = [program for forward in programs.forwards.values() for program in forward.compiled.values()]
+    assert (len(found), len({id(program) for program in found})) == (2, count)
