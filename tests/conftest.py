@@ -1,5 +1,6 @@
 """Eight fake CPU devices, and JAX at its strictest: no silent promotion of ranks or dtypes."""
 
+import gc
 import os
 import tempfile
 
@@ -20,8 +21,15 @@ jax.config.update(
     "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"finetune_jax_tests_{os.getuid()}")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody profiles them
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported (torch, transformers, JAX) stays: looking through it for garbage would be a twelfth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -25,7 +25,7 @@ from finetune_jax.methods.objective import (
 from finetune_jax.methods.perturbation import PixelOffsets, WordOffsets
 from finetune_jax.prepare import first_state, prepare
 from tests import tiny
-from tests.tiny import assert_resumes, config_of, saved
+from tests.tiny import assert_resumes, config_of, saved, without_evaluation
 
 replace = dataclasses.replace
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -49,7 +49,8 @@ def plain(tmp_path_factory):
     def of(kind):
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            loop.train(config_of(kind, folder, steps=4), folder / "run", devices=jax.devices()[:1])
+            config = without_evaluation(config_of(kind, folder, steps=4))
+            loop.train(config, folder / "run", devices=jax.devices()[:1])
             made[kind] = weights_of(folder / "run")
         return made[kind]
 
@@ -74,7 +75,7 @@ def test_it_is_another_run_and_a_stopped_one_goes_on(kind, change, still, plain,
     config = config_of(kind, tmp_path, steps=4)
     if "data" in change:
         change = {"data": {"image": to_dict(config)["data"]["image"] | change["data"]["image"]}}
-    config = changed(config, change)
+    config = without_evaluation(changed(config, change))
     assert_resumes(config, tmp_path)
     found, start = weights_of(tmp_path / "whole"), first_state(prepare(config, jax.devices()[:1]))
     assert any(not np.array_equal(value, plain(kind)[path]) for path, value in found.items())

@@ -32,7 +32,7 @@ from finetune_jax.data.pipeline import ImageExamples
 from finetune_jax.errors import UserError
 from finetune_jax.limits import validate
 from finetune_jax.predict import Lines
-from tests.tiny import assert_same_bits, image_config, saved, write_images
+from tests.tiny import assert_same_bits, image_config, saved, without_evaluation, write_images
 
 replace = dataclasses.replace
 
@@ -370,7 +370,7 @@ def test_an_example_is_a_function_of_seed_epoch_and_number():
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
-    config = image_config(write_images(tmp_path / "squares.npz"), epochs=2)
+    config = without_evaluation(image_config(write_images(tmp_path / "squares.npz"), epochs=2))
     image = replace(EVERYTHING, size=16, crop_pct=1.0)
     config = replace(config, data=replace(config.data, image=image))
     loop.train(config, tmp_path / "whole", devices=jax.devices()[:1])

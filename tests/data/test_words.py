@@ -26,7 +26,7 @@ from finetune_jax.data.words import (
 from finetune_jax.errors import UserError
 from finetune_jax.limits import validate
 from finetune_jax.prepare import prepare
-from tests.tiny import assert_same_bits, config_of, saved, text_config, write_texts
+from tests.tiny import assert_same_bits, config_of, saved, text_config, without_evaluation, write_texts
 
 replace = dataclasses.replace
 WORDS = [
@@ -355,7 +355,7 @@ def test_only_the_training_split_varies(tmp_path):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
-    config = config_of("token", tmp_path)
+    config = without_evaluation(config_of("token", tmp_path))
     text = TextConfig(word_dropout=0.2, word_swap=0.3)
     config = replace(config, data=replace(config.data, text=text))
     loop.train(config, tmp_path / "whole", devices=jax.devices()[:1])
