@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import jax
-
 from finetune_jax.compiling import collected, compiling_all
 from finetune_jax.config import Config
 from finetune_jax.data.features import CachedFeatures
@@ -57,25 +55,23 @@ class Programs:
         for length in batches.lengths:
             batch = abstract_batch(batches.blank(length), batches.rows, mesh)
             lowered["train", length] = lower_train_step(update, state, batch, mesh)
-        for kind, forward in self._evaluating():
-            for batch in forward.shapes().values():
-                name = _name(kind, batch)
+        self._names: list[tuple[Forward, dict[int, tuple[Any, ...]]]] = []
+        evaluating = [("logits", forward) for forward in self.forwards.values()]
+        evaluating += [("features", forward) for forward in self._backbones.values()]
+        for kind, forward in evaluating:
+            # Splits whose batches have one shape have one program.
+            names = {n: (kind, *sorted(batch.items())) for n, batch in forward.shapes().items()}
+            self._names.append((forward, names))
+            for name in names.values():
                 if name not in lowered:
-                    lowered[name] = forward.lower(state.weights, batch)
+                    lowered[name] = forward.lower(state.weights, dict(name[1:]))
         self._compiling = compiling_all(lowered)
-
-    def _evaluating(self) -> list[tuple[str, Forward]]:
-        """With what they give."""
-        return [
-            *(("logits", forward) for forward in self.forwards.values()),
-            *(("features", forward) for forward in self._backbones.values()),
-        ]
 
     def wait(self) -> tuple[dict[int, Any], float]:
         """The train steps by length of rows, and the seconds since all began; the forward steps are ready too."""
         compiled = collected(self._compiling)
-        for kind, forward in self._evaluating():
-            forward.compiled = {n: compiled[_name(kind, batch)] for n, batch in forward.shapes().items()}
+        for forward, names in self._names:
+            forward.compiled = {length: compiled[name] for length, name in names.items()}
         steps = {name[1]: program for name, program in compiled.items() if name[0] == "train"}
         return steps, time.perf_counter() - self._since
 
@@ -84,8 +80,3 @@ class Programs:
         for name, split in self._cached.items():
             split.values, _ = self._backbones[name].outputs(weights)
         return sum(split.values.nbytes for split in self._cached.values())
-
-
-def _name(kind: str, batch: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[Any, ...]:
-    """Of a forward step's program: splits whose batches have one shape have one program."""
-    return kind, *sorted(batch.items())
