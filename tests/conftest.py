@@ -27,7 +27,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_collection_finish() -> None:
-    """What was imported (torch, transformers, JAX) stays: looking through it for garbage would be a twelfth of the time."""
+    """What was imported (torch, transformers, JAX) stays: looking through it for garbage would be a fourteenth of the time."""
     gc.collect()
     gc.freeze()
 
