@@ -4,6 +4,7 @@ Beside the tests of each method's mathematics, which build it by hand, and of th
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -44,15 +45,13 @@ def weights_of(run):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Kind -> weights after the same updates of a run without any switch."""
-    made = {}
 
+    @functools.cache
     def of(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            config = without_evaluation(config_of(kind, folder, steps=4))
-            loop.train(config, folder / "run", devices=jax.devices()[:1])
-            made[kind] = weights_of(folder / "run")
-        return made[kind]
+        folder = tmp_path_factory.mktemp(kind)
+        config = without_evaluation(config_of(kind, folder, steps=4))
+        loop.train(config, folder / "run", devices=jax.devices()[:1])
+        return weights_of(folder / "run")
 
     return of
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from finetune_jax import synonyms
-from finetune_jax import train as loop
 from finetune_jax.config import TextConfig
 from finetune_jax.data.words import find_words
 from finetune_jax.errors import UserError
 from finetune_jax.prepare import prepare
 from finetune_jax.synonyms import PASSES, candidates_of, load_masked_lm, open_masked_lm, replaceable
 from tests import tiny
-from tests.tiny import assert_same_bits, config_of, saved, without_evaluation
+from tests.tiny import assert_resumes, config_of, without_evaluation
 
 replace = dataclasses.replace
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -101,11 +100,7 @@ def test_they_are_computed_once(masked_lm, tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_bit_for_bit(masked_lm, tmp_path):
     config = without_evaluation(config_of("text", tmp_path))
     config = with_masked_lm(config, masked_lm[1], word_swap=0.3, word_dropout=0.1)
-    loop.train(config, tmp_path / "whole", devices=jax.devices()[:1])
-    with pytest.raises(loop.Stopped):
-        loop.train(config, tmp_path / "parts", devices=jax.devices()[:1], stop_at=5)
-    loop.train(config, tmp_path / "parts", devices=jax.devices()[:1])
-    assert_same_bits(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
+    assert_resumes(config, tmp_path, stop_at=5)
 
 
 def edited(folder, tmp_path, **fields):

@@ -214,12 +214,12 @@ def without_evaluation(config: Config) -> Config:
     return dataclasses.replace(config, data=data)
 
 
-def assert_resumes(config: Config, folder: Path) -> None:
-    """A run that is stopped after two updates and goes on, in folder/parts, has the bits of one that is not, in folder/whole."""
+def assert_resumes(config: Config, folder: Path, stop_at: int = 2) -> None:
+    """A run that is stopped after some updates and goes on, in folder/parts, has the bits of one that is not, in folder/whole."""
     one = jax.devices()[:1]
     train.train(config, folder / "whole", devices=one)
     with pytest.raises(train.Stopped):
-        train.train(config, folder / "parts", devices=one, stop_at=2)
+        train.train(config, folder / "parts", devices=one, stop_at=stop_at)
     train.train(config, folder / "parts", devices=one)
     assert_same_bits(saved(folder / "whole"), saved(folder / "parts"))
 

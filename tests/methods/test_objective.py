@@ -1,6 +1,7 @@
 """What a step minimises, against NumPy derivations of the papers' equations on a model whose gradient is known by hand."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -246,14 +247,12 @@ def short_of(kind, folder):
 @pytest.fixture(scope="module")
 def plain_losses(tmp_path_factory):
     """Kind -> the training losses of a run without any method."""
-    made = {}
 
+    @functools.cache
     def losses_of(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(f"plain-{kind}")
-            loop.train(short_of(kind, folder), folder / "run", devices=jax.devices()[:1])
-            made[kind] = [row["loss"] for row in rows(folder / "run")]
-        return made[kind]
+        folder = tmp_path_factory.mktemp(f"plain-{kind}")
+        loop.train(short_of(kind, folder), folder / "run", devices=jax.devices()[:1])
+        return [row["loss"] for row in rows(folder / "run")]
 
     return losses_of
 

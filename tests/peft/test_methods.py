@@ -1,6 +1,7 @@
 """Methods that add parameters: their papers' equations, the start, resume, merging, and Hugging Face's peft both ways."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -493,15 +494,13 @@ def test_at_the_start_the_model_is_the_base(kind, name, tmp_path):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Kind -> a Hugging Face folder of a tiny model, trained a little."""
-    made = {}
 
+    @functools.cache
     def folder_of(kind):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(f"base-{kind}")
-            loop.train(config_of(kind, folder, steps=2), folder / "run", devices=jax.devices()[ONE])
-            export(folder / "run", folder / "hf")
-            made[kind] = folder / "hf"
-        return made[kind]
+        folder = tmp_path_factory.mktemp(f"base-{kind}")
+        loop.train(config_of(kind, folder, steps=2), folder / "run", devices=jax.devices()[ONE])
+        export(folder / "run", folder / "hf")
+        return folder / "hf"
 
     return folder_of
 
@@ -514,15 +513,13 @@ def on(config, folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base):
     """(kind, name) -> run folder of a short training on the base."""
-    made = {}
 
+    @functools.cache
     def run_of(kind, name):
-        if (kind, name) not in made:
-            folder = tmp_path_factory.mktemp("run")
-            config = on(of_method(config_of(kind, folder, steps=5), name), base(kind))
-            loop.train(config, folder / "run", devices=jax.devices()[ONE])
-            made[kind, name] = folder / "run"
-        return made[kind, name]
+        folder = tmp_path_factory.mktemp("run")
+        config = on(of_method(config_of(kind, folder, steps=5), name), base(kind))
+        loop.train(config, folder / "run", devices=jax.devices()[ONE])
+        return folder / "run"
 
     return run_of
 

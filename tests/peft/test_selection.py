@@ -12,7 +12,7 @@ from finetune_jax.errors import UserError
 from finetune_jax.models import bert, resnet
 from finetune_jax.peft.selection import Pace, depths, frozen_parameters, paces
 from finetune_jax.prepare import prepare
-from tests.tiny import assert_same_bits, config_of, saved, without_evaluation
+from tests.tiny import assert_resumes, config_of, saved, without_evaluation
 
 replace = dataclasses.replace
 WORDS, QUERY_0, QUERY_1, POOLER, HEAD = (
@@ -142,11 +142,7 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path):
     config = replace(
         config, optim=replace(config.optim, layer_decay=0.9, unfreeze_every=2, rates={"query": 2.0})
     )
-    loop.train(config, tmp_path / "whole", devices=jax.devices()[:1])
-    with pytest.raises(loop.Stopped):
-        loop.train(config, tmp_path / "parts", devices=jax.devices()[:1], stop_at=3)
-    loop.train(config, tmp_path / "parts", devices=jax.devices()[:1])
-    assert_same_bits(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
+    assert_resumes(config, tmp_path, stop_at=3)
 
 
 def test_what_moves_how_is_printed(tmp_path, capsys):
