@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
+from finetune_jax.initialise import initialise
 from finetune_jax.peft.selection import Pace
 from finetune_jax.sharding import bytes_a_device, replicated, shard_like_params
 from finetune_jax.tree import Flat, flatten
@@ -60,7 +62,8 @@ class ModelParts:
     abstract: dict[str, jax.ShapeDtypeStruct]
     statistics: frozenset[str]
     """Paths of BatchNorm's running averages."""
-    build: Callable[[jax.Array], nnx.Module]
+    constructor: ClosedJaxpr
+    """From a key to the arrays of `abstract`, in its order."""
 
 
 def split_model(build: Callable[[jax.Array], nnx.Module]) -> ModelParts:
@@ -69,24 +72,27 @@ def split_model(build: Callable[[jax.Array], nnx.Module]) -> ModelParts:
     Args:
         build: Key -> module.
     """
-    model = nnx.eval_shape(lambda: build(jax.random.key(0)))
-    _graphdef, stats, rest = nnx.split(model, nnx.BatchStat, ...)
-    abstract = {**flatten(stats), **flatten(rest)}
-    return ModelParts(nnx.graphdef(model), dict(sorted(abstract.items())), frozenset(flatten(stats)), build)
+    static: list[tuple[Any, frozenset[str]]] = []
+
+    def arrays(key: jax.Array) -> Flat:
+        graphdef, stats, rest = nnx.split(build(key), nnx.BatchStat, ...)
+        statistics = flatten(stats)
+        static.append((graphdef, frozenset(statistics)))
+        return {**statistics, **flatten(rest)}
+
+    constructor, abstract = jax.make_jaxpr(arrays, return_shape=True)(jax.random.key(0))
+    ((graphdef, statistics),) = static
+    return ModelParts(graphdef, dict(sorted(abstract.items())), statistics, constructor)
 
 
 def initial_weights(
     parts: ModelParts, shardings: Mapping[str, NamedSharding], seed: int, loaded: Mapping[str, np.ndarray]
 ) -> Flat:
     """Weights on the mesh by path: those loaded as they are, all others from the constructor's own initialisation."""
-    new = [path for path in parts.abstract if path not in loaded]
-
-    def initialise(key: jax.Array) -> Flat:
-        values = flatten(nnx.state(parts.build(key)))
-        return {path: values[path] for path in new}  # XLA drops the work behind the others
-
-    made = jax.jit(initialise, out_shardings={path: shardings[path] for path in new})(jax.random.key(seed))
-    made |= place_weights(loaded, shardings)
+    new = {index: path for index, path in enumerate(parts.abstract) if path not in loaded}
+    places = {index: shardings[path] for index, path in new.items()}
+    arrays = initialise(parts.constructor, jax.random.key(seed), places)
+    made = {path: arrays[index] for index, path in new.items()} | place_weights(loaded, shardings)
     return {path: made[path] for path in parts.abstract}
 
 

@@ -19,6 +19,7 @@ FLOORS = [
         "hlo",
         "targets",
         "compiling",
+        "initialise",
     },
     {"data", "hf", "optim", "peft", "sharding"},
     {"tasks", "state", "kernels", "methods"},
@@ -64,6 +65,11 @@ def imports(file: Path) -> set[str]:
 
 def floor(name: str) -> int:
     return next(index for index, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def test_every_file_has_a_floor():
+    rooms = {file.relative_to(PACKAGE).with_suffix("").parts[0] for file in PACKAGE.rglob("*.py")}
+    assert rooms == {name for floor in FLOORS for name in floor}
 
 
 def test_imports_go_down():
