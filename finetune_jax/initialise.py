@@ -5,7 +5,7 @@ the keys come first, one by one, and arrays that are computed alike from theirs 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +38,8 @@ def initialise(
     made = dict(zip(given, values, strict=True))
     arrays = {}
     for index, part in found.items():
-        (arrays[index],) = _compiled(_Computation.of(part), places[index])(
-            *(made[var] for var in part.invars)
-        )
+        computation = _Computation(str(part), tuple(map(id, _constants(part))), part)
+        (arrays[index],) = _compiled(computation, places[index])(*(made[var] for var in part.invars))
     return arrays
 
 
@@ -72,17 +71,22 @@ def _leading_to(
 
 @dataclass(frozen=True)
 class _Computation:
-    """From keys to an array. Two of one text, with the same constants, are the same."""
+    """From keys to an array. Two of one text are the same, where they hold the same arrays."""
 
     text: str
-    constants: tuple[bytes, ...]
-    """Arrays among the literals, whose values are not in the text."""
+    constants: tuple[int, ...]
+    """Arrays whose values the text leaves out, by identity."""
     jaxpr: Jaxpr = field(compare=False)
 
-    @classmethod
-    def of(cls, jaxpr: Jaxpr) -> "_Computation":
-        literals = [np.asarray(v.val) for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, Literal)]
-        return cls(str(jaxpr), tuple(value.tobytes() for value in literals if value.shape), jaxpr)
+
+def _constants(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Arrays among the literals and those that inner functions close over."""
+    for eqn in jaxpr.eqns:
+        yield from (v.val for v in eqn.invars if isinstance(v, Literal) and np.ndim(v.val))
+        for value in jax.tree.leaves(eqn.params):
+            if isinstance(value, ClosedJaxpr):
+                yield from value.consts
+                yield from _constants(value.jaxpr)
 
 
 @functools.lru_cache(maxsize=256)

@@ -92,9 +92,11 @@ def test_computations_with_other_constants_are_others():
     def arrays(key):
         one, two = np.array([1, 2, 3], np.float32), np.array([4, 5, 6], np.float32)
         draw = jax.random.normal(key, (3,))
-        return draw * one, draw * two, draw + given, given, jnp.float32(0.5), draw * 2, draw * 3
+        # The inner functions close over their arrays.
+        inner = [jax.jit(lambda x, by=by: x * by)(draw) for by in (one, two)]
+        return *inner, draw * one, draw * two, draw + given, given, jnp.float32(0.5), draw * 2, draw * 3
 
     key = jax.random.key(3)
-    made = initialise(jax.make_jaxpr(arrays)(key), key, dict.fromkeys(range(7), HERE))
+    made = initialise(jax.make_jaxpr(arrays)(key), key, dict.fromkeys(range(9), HERE))
     for index, expected in enumerate(arrays(key)):
         np.testing.assert_allclose(made[index], expected, rtol=1e-6)
