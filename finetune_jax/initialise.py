@@ -1,11 +1,11 @@
 """Arrays of a constructor's own initialisation, each made where it is to be.
 
-One program for them all would hold a draw for each, and XLA takes half a minute over bert-base's. Most draws differ in their key alone: so
-the keys come first, one by one, and arrays that are computed alike from theirs share a program; bert-base has fewer than a dozen.
+One program for them all would hold a draw for each, and XLA is long over bert-base's 201. Most draws differ in their key alone: so the keys
+come first, one by one, and arrays that are computed alike from theirs share a program; bert-base has eleven.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ def initialise(
     makers = {var: number for number, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
     found = {index: _leading_to(jaxpr, makers, [jaxpr.outvars[index]], _is_key) for index in places}
     given = list(dict.fromkeys(var for part in found.values() for var in part.invars))
-    first = _leading_to(jaxpr, makers, given, lambda var: var not in makers)
+    first = _leading_to(jaxpr, makers, given)
     sources = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constructor.consts, key), strict=True))
     values = jaxpr_as_fun(ClosedJaxpr(first, ()))(*(sources[var] for var in first.invars))
     made = dict(zip(given, values, strict=True))
@@ -48,10 +48,12 @@ def _is_key(var: Var) -> bool:
 
 
 def _leading_to(
-    jaxpr: Jaxpr, makers: Mapping[Var, int], outputs: Iterable[Any], is_given: Callable[[Var], bool]
+    jaxpr: Jaxpr,
+    makers: Mapping[Var, int],
+    outputs: list[Any],
+    is_given: Callable[[Var], bool] = lambda var: False,
 ) -> Jaxpr:
     """The part of a computation that is behind some of its values; its inputs are those given, and those that nothing makes."""
-    outputs = list(outputs)
     pending, inputs, numbers = [v for v in outputs if isinstance(v, Var)], [], set()
     while pending:
         var = pending.pop()
