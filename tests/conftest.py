@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from collections import OrderedDict
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -15,12 +16,51 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 import pytest
+from jax._src import compilation_cache
 
 # The same tiny programs are compiled again and again: keep them for the session, and for the next one.
 jax.config.update(
     "jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), f"finetune_jax_tests_{os.getuid()}")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class LoadedPrograms:
+    """The last programs of the cache, ready to run: to load them again is a quarter to a half of a short run, and a test has three.
+
+    Stands before the two functions by which JAX reads and writes a program. Names have all that JAX tells programs apart by.
+    """
+
+    LAST = 100
+
+    def __init__(self) -> None:
+        self._load = compilation_cache.get_executable_and_time
+        self._store = compilation_cache.put_executable_and_time
+        self._programs = OrderedDict()  # name -> (program, seconds over which it was compiled)
+        compilation_cache.get_executable_and_time = self.load
+        compilation_cache.put_executable_and_time = self.store
+
+    def load(self, key, options, backend, devices):
+        name = self._name(key, devices)
+        found = self._programs.pop(name, None) or self._load(key, options, backend, devices)
+        if found[0] is not None:
+            self._keep(name, found)
+        return found
+
+    def store(self, key, module, program, backend, seconds):
+        self._store(key, module, program, backend, seconds)
+        self._keep(self._name(key, program.local_devices()), (program, seconds))
+
+    def _name(self, key, devices):
+        return jax.config.jax_compilation_cache_dir, key, tuple(device.id for device in devices)
+
+    def _keep(self, name, found):
+        self._programs[name] = found
+        if len(self._programs) > self.LAST:
+            self._programs.popitem(last=False)
+
+
+LoadedPrograms()
 jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody profiles them
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
