@@ -39,14 +39,14 @@ def config_of(task, folder):
     if task == "image_classification":
         return tiny.image_config(tiny.write_images(folder / "squares.npz"), steps=3)
     if task == "token_classification":
-        return tiny.text_config(tiny.write_conll(folder / "conll"), task, steps=3)
+        return tiny.text_config(tiny.write_conll(folder / "conll"), task, layers=2, steps=3)
     texts = tiny.write_texts(folder / "texts")
     if task == "sequence_regression":
         for file in texts.glob("*.jsonl"):
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             pairs = [{"text_a": r["text"], "text_b": "the cat", "score": len(r["text"]) / 10} for r in rows]
             tiny.write_jsonl(file, pairs)
-    return tiny.text_config(texts, task, steps=3)
+    return tiny.text_config(texts, task, layers=2, steps=3)
 
 
 @pytest.fixture(scope="module", params=list(AUTO))

@@ -200,7 +200,7 @@ def test_early_stopping_needs_what_it_asks(tmp_path, one_device):
     ],
 )  # fmt: skip
 def test_what_comes_to_nothing_is_said(kind, change, said, tmp_path, one_device, capsys):
-    config = config_of(kind, tmp_path, steps=3)
+    config = config_of(kind, tmp_path, layers=2, steps=3)
     if kind == "image":
         loop.train(config, tmp_path / "base", devices=one_device)
         export(tmp_path / "base", tmp_path / "hf")
@@ -231,7 +231,7 @@ def test_rows_that_only_divide_are_told(tmp_path, one_device, capsys):
 
 
 def test_frozen_parameters_do_not_move_and_cost_no_optimizer_state(tmp_path, one_device):
-    config = config_of("text", tmp_path, steps=5)
+    config = config_of("text", tmp_path, layers=2, steps=5)
     config = replace(config, model=replace(config.model, freeze=("embeddings/", "encoder/layer/0/")))
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=one_device, stop_at=1)

@@ -139,7 +139,7 @@ def test_images(port):
 
 def test_a_stopped_run_goes_on_bit_for_bit_and_any_mesh_gives_the_same(tmp_path):
     """Rows are packed, with dropout beside; eight devices get empty rows."""
-    config = without_evaluation(config_of("text", tmp_path, steps=4))
+    config = without_evaluation(config_of("text", tmp_path, layers=2, steps=4))
     config = replace(config, model=replace(config.model, stochastic_depth=0.5))
     assert_resumes(config, tmp_path)
     loop.train(replace(config, mesh=MeshConfig(4, 2, 1, smallest_split=0)), tmp_path / "eight")

@@ -52,13 +52,14 @@ from finetune_jax.tasks.sequence import SequenceClassification
 from finetune_jax.tree import flatten, lookup, unflatten
 from tests import tiny
 from tests.faults.test_numerics import poison
-from tests.tiny import assert_same_bits, config_of, saved
+from tests.tiny import assert_same_bits, saved
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of peft's own imports
     import peft
 
 replace = dataclasses.replace
+config_of = functools.partial(tiny.config_of, layers=2)  # what a method adds is found by its layer
 ONE = slice(0, 1)
 METHODS = {
     "lora": PeftConfig("lora", rank=4, alpha=8.0),

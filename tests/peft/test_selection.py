@@ -1,6 +1,7 @@
 """What is trained, and how fast: against the papers' formulas, off by default, resumed bit for bit."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -12,9 +13,11 @@ from finetune_jax.errors import UserError
 from finetune_jax.models import bert, resnet
 from finetune_jax.peft.selection import Pace, depths, frozen_parameters, paces
 from finetune_jax.prepare import prepare
-from tests.tiny import assert_resumes, config_of, saved, without_evaluation
+from tests import tiny
+from tests.tiny import assert_resumes, saved, without_evaluation
 
 replace = dataclasses.replace
+config_of = functools.partial(tiny.config_of, layers=2)
 WORDS, QUERY_0, QUERY_1, POOLER, HEAD = (
     "bert/embeddings/word_embeddings/embedding",
     "bert/encoder/layer/0/attention/self/query/kernel",
