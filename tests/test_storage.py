@@ -28,7 +28,10 @@ from tests import tiny
 from tests.faults.test_checkpoints import assert_same_state, save, state_at
 
 # After an error TensorStore calls back into an event loop that Orbax has closed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("leftovers_of_orbax"),
+]
 
 
 @pytest.fixture(scope="module")

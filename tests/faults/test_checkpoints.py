@@ -20,7 +20,10 @@ from finetune_jax.errors import UserError
 from finetune_jax.state import TrainState
 
 # After an error TensorStore calls back into an event loop that Orbax has closed.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("leftovers_of_orbax"),
+]
 
 KERNEL = "bert/encoder/layer/0/output/dense/kernel"
 
