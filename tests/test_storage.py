@@ -25,13 +25,9 @@ from finetune_jax.opening import open_model
 from finetune_jax.predict import predict
 from finetune_jax.train import Stopped, train
 from tests import tiny
-from tests.faults.test_checkpoints import assert_same_state, save, state_at
+from tests.faults.test_checkpoints import AFTER_ERRORS, assert_same_state, save, state_at
 
-# After an error TensorStore calls back into an event loop that Orbax has closed.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("leftovers_of_orbax"),
-]
+pytestmark = AFTER_ERRORS
 
 
 @pytest.fixture(scope="module")

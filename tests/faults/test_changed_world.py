@@ -88,7 +88,9 @@ def test_what_differs_is_listed(tmp_path):
     config, devices = text_config(tmp_path, steps=4), jax.devices()[:1]
     with pytest.raises(loop.Stopped):
         loop.train(config, tmp_path / "run", devices=devices, stop_at=2)
-    wider = replace(config, model=replace(config.model, hf_config={**tiny.FIELDS, "intermediate_size": 48}))
+    wider = replace(
+        config, model=replace(config.model, hf_config={**config.model.hf_config, "intermediate_size": 48})
+    )
     with pytest.raises(UserError, match=r"model.hf-config.intermediate_size 32 -> 48"):
         loop.train(wider, tmp_path / "run", devices=devices)
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())

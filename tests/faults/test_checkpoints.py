@@ -20,10 +20,11 @@ from finetune_jax.errors import UserError
 from finetune_jax.state import TrainState
 
 # After an error TensorStore calls back into an event loop that Orbax has closed.
-pytestmark = [
+AFTER_ERRORS = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("leftovers_of_orbax"),
 ]
+pytestmark = AFTER_ERRORS
 
 KERNEL = "bert/encoder/layer/0/output/dense/kernel"
 
