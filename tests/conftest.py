@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+import time
 from collections import OrderedDict
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -64,6 +65,19 @@ LoadedPrograms()
 jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody profiles them
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Long tests stand last: where time runs out, all others have run."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is not None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    until = float(os.environ.get("LONG_TESTS_UNTIL", "inf"))
+    if time.time() > until and item.get_closest_marker("long"):
+        pytest.skip("a long test, and $LONG_TESTS_UNTIL is past")
 
 
 def pytest_collection_finish() -> None:

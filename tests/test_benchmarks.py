@@ -94,6 +94,7 @@ def test_whole_runs_tell_time_and_quality(tmp_path):
         assert row[3] == row[4]  # one seed
 
 
+@pytest.mark.long
 @WITH_MINILM
 def test_sides_have_the_same_losses(tmp_path):
     write_reviews(tmp_path)

@@ -90,6 +90,7 @@ def cells(line):
     return [cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
+@pytest.mark.long
 def test_the_commands_of_the_table_of_methods_are_taken(monkeypatch):
     """A column's command with each of its rows' words: the whole recipe is checked, no data are read."""
     lines = [cells(line) for line in (ROOT / "docs/methods.md").read_text(encoding="utf-8").split("\n")]

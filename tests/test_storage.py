@@ -346,6 +346,7 @@ def test_a_bucket_that_takes_no_more_costs_the_step(bucket, tmp_path, monkeypatc
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(bucket, tmp_path):
     """Stopped, continued, evaluated, predicted with and exported: the same bits, the same rows."""
     config = tiny.text_config(tiny.write_texts(tmp_path / "texts"), tensorboard=True)

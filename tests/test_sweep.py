@@ -170,6 +170,7 @@ for number in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "first"), [(signal.SIGKILL, "fail"), (signal.SIGTERM, "complete")], ids=["killed", "asked"]
 )

@@ -56,6 +56,7 @@ def plain(tmp_path_factory):
     return of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "change", "still"),
     [
@@ -120,6 +121,7 @@ def test_the_loss_is_what_the_config_says(tmp_path):
     assert (task.label_smoothing, task.asymmetric, task.focal_gamma) == (0.0, (0.0, 0.0), 1.5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_branches_are_left_out(kind, plain, tmp_path):
     change = {"model": {"stochastic_depth": 0.9}}

@@ -133,6 +133,7 @@ def job(tmp_path_factory):
     return folder, recipe, rows(folder / "whole")
 
 
+@pytest.mark.long
 def test_a_signal_to_one_of_four_stops_all_at_one_step_and_one_alone_goes_on(job):
     folder, recipe, whole = job
     started = Processes(recipe, folder / "signalled", count=4)
@@ -166,6 +167,7 @@ def test_a_signal_to_one_of_four_stops_all_at_one_step_and_one_alone_goes_on(job
     assert [loss for _, loss in went_on] == pytest.approx([loss for _, loss in whole], abs=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_one_killed_ends_the_other_and_a_restart_goes_on(job, victim):
     folder, recipe, whole = job

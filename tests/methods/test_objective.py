@@ -257,6 +257,7 @@ def plain_losses(tmp_path_factory):
     return losses_of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("text", n) for n in METHODS]
@@ -267,6 +268,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_differs_from_the_plain_one(kind, 
     assert [row["loss"] for row in rows(tmp_path / "whole")] != plain_losses(kind)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["r_drop", "freelb", "sam"])
 def test_any_mesh_gives_the_same(name, tmp_path):
     """Without dropout or a random start nothing of it asks for the number of devices; with them keys are those of the rows."""
@@ -291,6 +293,7 @@ class FromWords(WordOffsets):
         return jnp.where(batch["segment_ids"][..., None] > 0, 0.01 * point, 0.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "name"),
     [*(("text", n) for n in ("fgm", "pgd", "freelb", "smart", "vat")), ("image", "fgm"), ("image", "pgd")],
@@ -337,6 +340,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind, name, tmp_path
     assert max(float(np.abs(whole[path] - plain[path]).max()) for path in whole) > 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "passes"), [("r_drop", 2), ("fgm", 2), ("freelb", 2), ("pgd", 10 / 3)])
 def test_a_step_takes_the_passes_that_it_learns_from(name, passes, tmp_path):
     """Two of the three products of a layer's passes are the way back; PGD climbs twice, by a forward pass and half of that way."""
@@ -384,6 +388,7 @@ def test_r_drop_needs_dropout(tmp_path):
     assert prepare(replace(config, model=model), jax.devices()[:1]), "passes differ in their branches"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_averages_by_hand_and_served(kind, tmp_path):
     """a_t = d a_{t-1} + (1 - d) w_t with d = min(decay, (1 + t) / (10 + t)), from the weights after each update."""

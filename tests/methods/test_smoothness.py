@@ -177,6 +177,7 @@ def test_the_step_asks_the_averages(tmp_path):
     assert apart.sum() > 0.01
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "methods"),
     [

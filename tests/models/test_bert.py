@@ -288,6 +288,7 @@ def products_in(jaxpr):
     return count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "compute",
     [

@@ -411,6 +411,7 @@ def test_adalora_ends_at_its_budget(tmp_path):
     assert start == 2 * len(layers), "pruned with the last update"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("text", "adalora"), ("text", "dora"), ("text", "prefix"), ("token", "prompt"), ("image", "pfeiffer")],
@@ -525,6 +526,7 @@ def runs(tmp_path_factory, base):
     return run_of
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_only_the_method_and_the_head_learn_and_a_stopped_run_goes_on(kind, name, runs, tmp_path):
     config = load_saved(runs(kind, name) / "config.json")
@@ -553,6 +555,7 @@ def logits_of(model, rows):
     return [np.asarray(row["logits"]) for row in predict(*open_model(str(model)), rows, logits=True)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "name"), [case for case in CASES if case[1] not in ALONE])
 def test_merged_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
     run = runs(kind, name)
@@ -566,6 +569,7 @@ def test_merged_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
     assert any(not np.array_equal(changed[p], weights[p]) for p in changed), "there is something to merge"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_an_adapter_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
     """Bit for bit. Of DoRA peft's file has the sum of a length and what was learned, which float32 rounds."""
@@ -578,6 +582,7 @@ def test_an_adapter_gives_the_logits_of_the_run(kind, name, runs, tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=apart)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_an_adapter_of_dora_rounds_a_length_once(kind, runs, tmp_path):
     """To the nearest float32; everything else is the run's bit for bit."""
@@ -594,6 +599,7 @@ def test_an_adapter_of_dora_rounds_a_length_once(kind, runs, tmp_path):
         assert (np.abs(theirs.astype(np.float64) - ours) <= rounded).all(), path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_a_layer_may_have_lost_all_its_values(kind, runs):
     """What the cases of that name are there for."""
@@ -647,6 +653,7 @@ def test_what_cannot_be_merged_is_said(name, runs, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "name"), [c for c in CASES if c[1] not in OURS])
 def test_peft_opens_what_we_write(kind, name, runs, base, tmp_path):
     run = runs(kind, name)
@@ -903,6 +910,7 @@ def test_an_adapter_is_for_the_weights_that_its_run_saw(base, tmp_path, capsys):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("skipped", "until", "best"), [(0, 0.7, 7), (2, 0.7, 9), (2, 1.0, None)])
 def test_the_best_of_adalora_is_within_its_budget(skipped, until, best, base, tmp_path, monkeypatch, capsys):
     """Though every evaluation is worse than the one before: those before pruning has ended decide nothing.
