@@ -11,11 +11,14 @@ on validation on wnut17.
 
 times steps instead, alone on the machine, for step time and peak memory over those of plain runs before and after every few rows; here
 a seed is a round.
+In the table a score is bold where its mean is above that of full fine-tuning by more than two standard errors of the difference,
+italic where it is below by as much; of fewer than three seeds nothing is said.
 `--write FILE` puts the tables between <!-- tasks -->, <!-- methods -->, <!-- attacks --> and their <!-- end --> of a page.
 """
 
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -373,7 +376,9 @@ def table(known: dict[str, Any]) -> list[str]:
             found = runs_of(known, task, row)
             if found:
                 shares[task] = 100 * found[0]["trained"] / found[0]["total"]
-            cells.append(cell(way, task, [100 * entry["score"] for entry in found]))
+            cells.append(
+                marked(cell(way, task, scores(found)), scores(found), scores(runs_of(known, task, PLAIN)))
+            )
         timings = runs_of(known, TIMING, row)
         cost = ["1.00" if row == PLAIN else NOT_RUN] * 2
         if timings:
@@ -418,6 +423,22 @@ def cell(way: Row, task: str, values: list[float]) -> str:
     if values:
         return spread(values)
     return NOT_RUN if task in way.tasks else "-"
+
+
+def scores(runs: list[dict[str, Any]]) -> list[float]:
+    """In percent."""
+    return [100 * entry["score"] for entry in runs]
+
+
+def marked(text: str, values: list[float], plain: list[float]) -> str:
+    """The text bold where the mean is above that of plain runs by more than two standard errors of the difference, italic where below."""
+    if min(len(values), len(plain)) < USUAL_SEEDS:
+        return text
+    error = math.hypot(*(statistics.stdev(seeds) / len(seeds) ** 0.5 for seeds in (values, plain)))
+    difference = statistics.fmean(values) - statistics.fmean(plain)
+    if abs(difference) <= 2 * error:
+        return text
+    return f"**{text}**" if difference > 0 else f"*{text}*"
 
 
 def spread(values: list[float]) -> str:
