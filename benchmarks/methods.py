@@ -376,9 +376,8 @@ def table(known: dict[str, Any]) -> list[str]:
             found = runs_of(known, task, row)
             if found:
                 shares[task] = 100 * found[0]["trained"] / found[0]["total"]
-            cells.append(
-                marked(cell(way, task, scores(found)), scores(found), scores(runs_of(known, task, PLAIN)))
-            )
+            values = scores(found)
+            cells.append(marked(cell(way, task, values), values, scores(runs_of(known, task, PLAIN))))
         timings = runs_of(known, TIMING, row)
         cost = ["1.00" if row == PLAIN else NOT_RUN] * 2
         if timings:
@@ -434,18 +433,23 @@ def marked(text: str, values: list[float], plain: list[float]) -> str:
     """The text bold where the mean is above that of plain runs by more than two standard errors of the difference, italic where below."""
     if min(len(values), len(plain)) < USUAL_SEEDS:
         return text
-    error = math.hypot(*(statistics.stdev(seeds) / len(seeds) ** 0.5 for seeds in (values, plain)))
+    error = math.hypot(error_of(values), error_of(plain))
     difference = statistics.fmean(values) - statistics.fmean(plain)
     if abs(difference) <= 2 * error:
         return text
     return f"**{text}**" if difference > 0 else f"*{text}*"
 
 
+def error_of(values: list[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
 def spread(values: list[float]) -> str:
     """Mean, its standard error, and the number of seeds where it is not the usual one."""
     text = f"{statistics.fmean(values):.2f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
+        text += f" ± {error_of(values):.2f}"
     return text + (f" ({len(values)})" if len(values) != USUAL_SEEDS else "")
 
 
