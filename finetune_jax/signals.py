@@ -3,7 +3,8 @@
 Python runs signal handlers in its main thread, which a compilation or a download holds for minutes, and a preempted
 machine is gone in 30 seconds. So a thread of its own reads the signals, from a pipe into which the interpreter writes
 them at once. What it does depends on what is at stake: nothing yet (importing, compiling, exporting), and the process
-ends; updates that are not saved, and the loop is asked to save within a grace period. A second signal ends at once.
+ends; updates that are not saved, and the loop is asked to save within a grace period. A second signal ends at once, unless it
+is the first one's echo: who signals a process and then its group (`timeout`, a shell that passes Ctrl-C on) means it once.
 
 JAX's distributed runtime listens for SIGTERM too, with a handler in C that replaces whatever was there. It is replaced
 in turn, and called when the loop is asked to stop: that is how the other processes of a job hear of it.
@@ -18,11 +19,14 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO_SECONDS = 0.2
+"""The same signal again within them is the same request: an echo comes within a millisecond, a person's second Ctrl-C later."""
 
 
 class Watch:
@@ -89,6 +93,7 @@ class Watch:
                     self._timer.cancel()
 
     def _run(self) -> None:
+        asked_at = 0.0
         while received := os.read(self._read, 1):
             number = received[0]
             if number not in SIGNALS:
@@ -96,11 +101,13 @@ class Watch:
             name = signal.Signals(number).name
             with self._lock:
                 if self.requested is not None:
+                    if number == self.requested and time.monotonic() - asked_at < ECHO_SECONDS:
+                        continue
                     self._end(number, f"a second signal ({name}): ended while {self.phase}, without saving")
                 grace = self._grace
                 if grace is None:
                     return self._end(number, f"{name}: ended while {self.phase}; nothing was to be saved")
-                self.requested = number
+                self.requested, asked_at = number, time.monotonic()
                 late = f"{name}: {grace:g} s are over and the save is not: ended while {self.phase}"
                 self._timer = threading.Timer(grace, self._end, (number, late))
                 self._timer.daemon = True

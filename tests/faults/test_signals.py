@@ -71,6 +71,27 @@ def test_a_second_signal_ends_at_once():
     assert "a second signal (SIGINT)" in said
 
 
+def test_the_same_signal_within_a_moment_is_one():
+    """As from `timeout -s INT`, which signals the process and then its group; the next one is a second."""
+    twice = "import signal\n  for _ in range(2): signal.raise_signal(signal.SIGINT)\n  "
+    process = started("with signals.at_stake(600) as watch:\n  " + twice + BUSY)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said.count("SIGINT: saving, then stopping") == 1
+    assert "a second signal (SIGINT)" in said
+
+
+def test_another_signal_is_no_echo():
+    both = "import signal\n  for number in (15, 2): signal.raise_signal(number)\n  "
+    process = started("with signals.at_stake(600) as watch:\n  print('ready', flush=True)\n  " + both + BUSY)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "a second signal (SIGINT)" in said
+
+
 def test_a_program_that_calls_train_has_its_handlers_back():
     from finetune_jax import signals
 
