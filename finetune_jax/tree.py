@@ -83,7 +83,13 @@ def matches_any(
         except re.error as error:
             raise UserError(f"{what} {pattern!r} does not compile: {error}") from error
         if not any(regex.search(path) for path in paths):
-            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
+            near = sorted(paths, key=lambda path: _shared(pattern, path), reverse=True)[:3]
             raise UserError(f"{what} {pattern!r} matches no {of}; the nearest are {', '.join(near)}")
         compiled.append(regex)
     return {path: any(regex.search(path) for regex in compiled) for path in paths}
+
+
+def _shared(pattern: str, path: str) -> int:
+    """How many characters the two share in the same order: a regex is a part of a path, whatever else the path holds."""
+    blocks = difflib.SequenceMatcher(None, pattern, path, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks)

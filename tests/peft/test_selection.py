@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -55,11 +56,14 @@ def test_frozen_layers_count_in_the_depth():
     assert found == {QUERY_0: Pace(0.25), HEAD: Pace(1.0)}
 
 
-def test_a_rate_that_meets_nothing_names_the_nearest():
-    with pytest.raises(
-        UserError, match=r"'classifer' matches no trained parameter; the nearest are classifier/kernel"
-    ):
-        paces(depths(PATHS, bert.STEM, bert.BLOCK), PATHS, 1.0, {"classifer": 2.0}, None)
+@pytest.mark.parametrize(
+    ("regex", "nearest"), [("classifer", HEAD), ("layer/9/", QUERY_0), (r"layer/\d+/.*qery", QUERY_0)]
+)
+def test_a_rate_that_meets_nothing_names_the_nearest(regex, nearest):
+    """A short path is not near because it is short: a regex is a part of a path."""
+    said = f"{regex!r} matches no trained parameter; the nearest are {nearest}"
+    with pytest.raises(UserError, match=re.escape(said)):
+        paces(depths(PATHS, bert.STEM, bert.BLOCK), PATHS, 1.0, {regex: 2.0}, None)
 
 
 @pytest.mark.parametrize("kind", ["all", "bias", "norm", "head"])
